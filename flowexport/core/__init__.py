@@ -1,0 +1,1 @@
+"""Core types: the standard library and numpy, and nothing else of flowexport's."""

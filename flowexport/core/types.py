@@ -1,0 +1,246 @@
+"""Values that travel between the stages, and the protocol of a target."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from flowexport.core.errors import InputError
+
+Dim = int | str
+"""A size, or the name of a dynamic dimension (``"batch"``)."""
+
+
+class Precision(StrEnum):
+    """Storage precision of an artifact's weights and activations."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+class Verdict(StrEnum):
+    """What a check found; what was not executed is NOT_RUN, never PASS."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    NOT_RUN = "NOT_RUN"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and numpy dtype name of one model input or output."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str = "float32"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether any dimension is dynamic."""
+        return any(isinstance(d, str) for d in self.shape)
+
+    def static(self, **sizes: int) -> TensorSpec:
+        """Return the spec with named dimensions set; those not named become 1."""
+        shape = tuple(sizes.get(d, 1) if isinstance(d, str) else d for d in self.shape)
+        return TensorSpec(self.name, shape, self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
+        return cls(str(data["name"]), tuple(data["shape"]), str(data["dtype"]))
+
+    def check(self, value: np.ndarray, where: str) -> None:
+        """Raise InputError unless ``value`` has this dtype and shape."""
+        wanted = "x".join(str(d) for d in self.shape)
+        got = "x".join(str(d) for d in value.shape)
+        fits = len(value.shape) == len(self.shape) and all(
+            isinstance(want, str) or want == have
+            for want, have in zip(self.shape, value.shape, strict=True)
+        )
+        if not fits:
+            raise InputError(f"{where}: {self.name} has shape {got}; expected {wanted}.")
+        if value.dtype.name != self.dtype:
+            raise InputError(
+                f"{where}: {self.name} has dtype {value.dtype.name}; expected {self.dtype}."
+            )
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a target can convert and run here, and if not, why and what mends it.
+
+    ``converts`` and ``runs`` are apart: TensorRT builds engines without a GPU
+    but cannot run them, Core ML converts on Linux and predicts on macOS only.
+    """
+
+    converts: bool
+    runs: bool
+    toolchain: Mapping[str, str] = field(default_factory=dict)
+    reason: str | None = None
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a recipe asks of one target; ``extra`` holds the target's own settings."""
+
+    precision: Precision = Precision.FP32
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One finished file (or folder) of one target.
+
+    ``path`` is absolute in memory and relative to the bundle in the manifest.
+    ``fusions`` counts fused operators *found in the finished file*.
+    ``details`` holds what the target records of itself (opset, layer table,
+    delegation, whether a rebuild gives the same bytes and why not).
+    """
+
+    target: str
+    path: Path
+    sha256: str
+    size_bytes: int
+    precision: Precision
+    model: str
+    recipe_sha256: str
+    form: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    fusions: Mapping[str, int] = field(default_factory=dict)
+    toolchain: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self, root: Path) -> dict[str, Any]:
+        """Return the manifest's entry, with ``path`` relative to ``root``."""
+        data = asdict(self)
+        data["path"] = self.path.relative_to(root).as_posix()
+        data["precision"] = self.precision.value
+        data["inputs"] = [s.to_json() for s in self.inputs]
+        data["outputs"] = [s.to_json() for s in self.outputs]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], root: Path) -> Artifact:
+        fields = dict(data)
+        fields["path"] = root / str(data["path"])
+        fields["precision"] = Precision(data["precision"])
+        fields["inputs"] = tuple(TensorSpec.from_json(s) for s in data["inputs"])
+        fields["outputs"] = tuple(TensorSpec.from_json(s) for s in data["outputs"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """What executed an artifact: ``interpreted`` and ``emulated`` are said, never hidden."""
+
+    name: str
+    version: str
+    threads: int
+    execution: str = "native"  # "native" | "interpreted" | "emulated"
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        suffix = "" if self.execution == "native" else f" ({self.execution})"
+        return f"{self.name} {self.version}{suffix}"
+
+
+class Session(ABC):
+    """A loaded artifact on a runtime; a context manager.
+
+    ``run`` checks the feeds and the results; subclasses implement ``_run``.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+
+    @property
+    @abstractmethod
+    def info(self) -> RuntimeInfo: ...
+
+    @abstractmethod
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]: ...
+
+    def close(self) -> None:
+        """Release the runtime's memory; may be called twice."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run once.
+
+        Args:
+            feeds: one array an input, of exactly the artifact's names, dtypes and shapes.
+
+        Returns:
+            One array an output, in the artifact's order.
+
+        Raises:
+            InputError: a feed is missing, unknown or does not fit its spec.
+        """
+        where = f"run {self.artifact.target} {self.artifact.model}"
+        wanted = {s.name for s in self.artifact.inputs}
+        if set(feeds) != wanted:
+            raise InputError(
+                f"{where}: the feeds are {sorted(feeds)}; expected {sorted(wanted)}."
+            )
+        for spec in self.artifact.inputs:
+            spec.check(feeds[spec.name], where)
+        results = self._run(feeds)
+        return {s.name: np.asarray(results[s.name]) for s in self.artifact.outputs}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Target(Protocol):
+    """One file format with its converter and its runtime.
+
+    ``program`` is a :class:`flowexport.lowering.LoweredProgram`; it is not
+    named here because the core imports nothing of ours.
+    """
+
+    name: str
+    suffix: str
+    precisions: tuple[Precision, ...]
+
+    def probe(self) -> Availability:
+        """Say what works on this machine; never raises, imports lazily."""
+        ...
+
+    def validate(self, options: Options) -> None:
+        """Raise InputError at once for options the target does not support."""
+        ...
+
+    def convert(self, program: Any, options: Options, out: Path) -> Artifact:
+        """Write one file or folder under ``out`` and return its description.
+
+        Runs in a child process of the pipeline's; may crash without harm.
+        """
+        ...
+
+    def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
+        """Return a session; raises UnavailableError where ``probe().runs`` is False."""
+        ...
+
+    def inspect(self, path: Path) -> dict[str, Any]:
+        """Read a finished file: ``{"inputs", "outputs", "operators", "fusions"}``."""
+        ...
