@@ -244,3 +244,53 @@ class Target(Protocol):
     def inspect(self, path: Path) -> dict[str, Any]:
         """Read a finished file: ``{"inputs", "outputs", "operators", "fusions"}``."""
         ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled samples as a model's inputs, preprocessed.
+
+    Attributes:
+        name: e.g. ``japanese-vowels-test``.
+        inputs: one array an input, samples first.
+        targets: integer class of each sample, (samples,), int64.
+        labels: class names in output order.
+        attribution: source and licence, one line.
+    """
+
+    name: str
+    inputs: Mapping[str, np.ndarray]
+    targets: np.ndarray
+    labels: tuple[str, ...]
+    attribution: str
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One named model configuration that ``flowexport list`` shows.
+
+    Attributes:
+        name: ``family-size`` or ``family-task``.
+        build: returns the torch module with fresh weights (any seed).
+        inputs: specs; ``"batch"`` is the dynamic batch dimension.
+        output_names: names of the results.
+        labels: class names in output order, or empty.
+        preprocessing: how raw samples become inputs (JSON-able).
+        weights: absolute path of the shipped trained weights, or None.
+        dataset: name of the evaluation data set, or None.
+        paper: citation of the architecture.
+    """
+
+    name: str
+    build: Any
+    inputs: tuple[TensorSpec, ...]
+    output_names: tuple[str, ...] = ("logits",)
+    labels: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    dataset: str | None = None
+    paper: str = ""
+    description: str = ""

@@ -1,0 +1,1 @@
+"""Export recipes: data only, one recipe a file."""

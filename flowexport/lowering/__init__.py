@@ -1,0 +1,5 @@
+"""torch.export of a model, and the passes that make its graph export-friendly."""
+
+from flowexport.lowering.program import LoweredProgram, decompose, find_attentions, lower
+
+__all__ = ["LoweredProgram", "decompose", "find_attentions", "lower"]

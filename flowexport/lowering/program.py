@@ -1,0 +1,300 @@
+"""A lowered program: an exported graph with each attention kept as one node."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from flowexport.core.errors import LoweringError
+from flowexport.core.types import Precision, TensorSpec
+from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite, Choice
+
+_TORCH_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class LoweredProgram:
+    """What every target converts.
+
+    Attributes:
+        model: the model's name.
+        exported: inference graph, dropout gone, inputs and outputs in the order
+            of ``inputs`` and ``outputs``.
+        inputs, outputs: names, shapes (with named dynamic dimensions), dtypes.
+            Inputs and outputs stay float32 whatever the precision.
+        precision: dtype of weights and activations inside ``exported``.
+        attentions: every attention node, in execution order.
+        labels: class names in output order, or empty.
+        preprocessing: how samples become inputs, as the evaluation does it.
+        recipe_sha256: hash of the recipe that made it.
+    """
+
+    model: str
+    exported: ExportedProgram
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    precision: Precision
+    attentions: tuple[AttentionSite, ...] = ()
+    labels: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    recipe_sha256: str = ""
+
+    def example(self, **sizes: int) -> tuple[torch.Tensor, ...]:
+        """Return one tensor of zeros an input; named dimensions not given are 1."""
+        return tuple(
+            torch.zeros(spec.static(**sizes).shape, dtype=_TORCH_DTYPES[spec.dtype])  # type: ignore[arg-type]
+            for spec in self.inputs
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the program to one ``.pt2`` file (for a converter's child process)."""
+        header = {
+            "model": self.model,
+            "inputs": [s.to_json() for s in self.inputs],
+            "outputs": [s.to_json() for s in self.outputs],
+            "precision": self.precision.value,
+            "labels": list(self.labels),
+            "preprocessing": dict(self.preprocessing),
+            "recipe_sha256": self.recipe_sha256,
+        }
+        torch.export.save(
+            self.exported, path, extra_files={"flowexport.json": json.dumps(header)}
+        )
+
+    @classmethod
+    def load(cls, path: Path, ops: Sequence[AttentionDescriptor]) -> LoweredProgram:
+        """Read a program written by :meth:`save`."""
+        extra = {"flowexport.json": ""}
+        exported = torch.export.load(path, extra_files=extra)
+        header = json.loads(extra["flowexport.json"])
+        inputs = tuple(TensorSpec.from_json(s) for s in header["inputs"])
+        return cls(
+            model=header["model"],
+            exported=exported,
+            inputs=inputs,
+            outputs=tuple(TensorSpec.from_json(s) for s in header["outputs"]),
+            precision=Precision(header["precision"]),
+            attentions=find_attentions(exported, ops, _symbols(exported, inputs)),
+            labels=tuple(header["labels"]),
+            preprocessing=header["preprocessing"],
+            recipe_sha256=header["recipe_sha256"],
+        )
+
+
+class _HalfInside(nn.Module):
+    """A float16 model with float32 inputs and outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.half()
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        halves = [x.half() if x.is_floating_point() else x for x in inputs]
+        result = self.model(*halves)
+        if isinstance(result, torch.Tensor):
+            return result.float()
+        return tuple(y.float() if y.is_floating_point() else y for y in result)
+
+
+def lower(
+    model: nn.Module,
+    inputs: Sequence[TensorSpec],
+    output_names: Sequence[str],
+    *,
+    name: str,
+    ops: Sequence[AttentionDescriptor],
+    precision: Precision = Precision.FP32,
+    labels: Sequence[str] = (),
+    preprocessing: Mapping[str, Any] | None = None,
+    recipe_sha256: str = "",
+) -> LoweredProgram:
+    """Export a model into an inference graph with each attention as one node.
+
+    Args:
+        model: any module; positional inputs in the order of ``inputs``. It is
+            put into eval mode; for FP16 it is converted in place, so pass a copy.
+        inputs: specs; a named dimension becomes dynamic.
+        output_names: one name a result tensor.
+        name: the model's name, for messages and files.
+        ops: the attention operators to look for.
+        precision: dtype inside; inputs and outputs stay as their specs say.
+        labels, preprocessing, recipe_sha256: carried into the artifacts.
+
+    Raises:
+        LoweringError: ``torch.export`` refused the model, or it has another
+            number of results than names.
+    """
+    model = model.eval()
+    if precision is Precision.FP16:
+        model = _HalfInside(model).eval()
+    names = sorted({d for spec in inputs for d in spec.shape if isinstance(d, str)})
+    dims = {n: torch.export.Dim(n, min=1, max=4096 if n == "batch" else 65536) for n in names}
+    # Two in every dynamic dimension: torch.export specialises on 0 and 1.
+    example = tuple(
+        torch.zeros(spec.static(**dict.fromkeys(names, 2)).shape, dtype=_TORCH_DTYPES[spec.dtype])  # type: ignore[arg-type]
+        for spec in inputs
+    )
+    per_input = tuple(
+        {i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs
+    )
+    dynamic: Any = per_input
+    if precision is Precision.FP16:
+        dynamic = (per_input,)  # the wrapper's *inputs is one argument
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(
+                model, example, dynamic_shapes=dynamic if names else None
+            )
+    except Exception as error:
+        raise LoweringError(
+            f"lower {name}: torch.export refused the model: {_first_line(error)}",
+            fix="make forward free of data-dependent control flow, or fix the input shapes",
+        ) from error
+    values = _output_values(exported)
+    if len(values) != len(output_names):
+        raise LoweringError(
+            f"lower {name}: the model has {len(values)} results;"
+            f" expected {len(output_names)} ({', '.join(output_names)})."
+        )
+    symbols = _symbols(exported, inputs)
+    outputs = tuple(
+        TensorSpec(n, _shape(v, symbols), str(v.dtype).removeprefix("torch."))
+        for n, v in zip(output_names, values, strict=True)
+    )
+    return LoweredProgram(
+        model=name,
+        exported=exported,
+        inputs=tuple(inputs),
+        outputs=outputs,
+        precision=precision,
+        attentions=find_attentions(exported, ops, symbols),
+        labels=tuple(labels),
+        preprocessing=dict(preprocessing or {}),
+        recipe_sha256=recipe_sha256,
+    )
+
+
+def find_attentions(
+    exported: ExportedProgram,
+    ops: Sequence[AttentionDescriptor],
+    symbols: Mapping[str, str] | None = None,
+) -> tuple[AttentionSite, ...]:
+    """Return every attention node of a graph, in execution order."""
+    by_overload = {op.overload: op for op in ops}
+    names = dict(symbols or {})
+    sites = []
+    for node in exported.graph.nodes:
+        op = by_overload.get(node.target)
+        if op is None:
+            continue
+        q, k, v = (_shape(arg.meta["val"], names) for arg in node.args[:3])
+        arguments = tuple(list(a) if isinstance(a, (list, tuple)) else a for a in node.args[3:])
+        sites.append(AttentionSite(op.name, module_path(node), q, k, v, arguments))
+    return tuple(sites)
+
+
+def decompose(
+    program: LoweredProgram,
+    target: str,
+    ops: Sequence[AttentionDescriptor],
+    *,
+    pinned: str | None = None,
+) -> tuple[LoweredProgram, tuple[Choice, ...]]:
+    """Replace each attention node by the form that the target runs best.
+
+    Before: ``linear -> flow_attention -> linear``. After: ``linear -> matmul,
+    sigmoid, ... -> linear``, the other operators (linear, layer_norm, gelu) kept.
+
+    Args:
+        program: with attention nodes.
+        target: whose table row decides.
+        ops: the operators to decompose.
+        pinned: a form that the recipe insists on, or None.
+
+    Returns:
+        The program without attention nodes, and the choice for each site.
+
+    Raises:
+        LoweringError: the pinned form does not exist, or a node is left.
+    """
+    choices: list[Choice] = []
+    table: dict[Any, Callable[..., Any]] = {}
+    for op in ops:
+        queue = [s for s in program.attentions if s.op == op.name]
+        if not queue:
+            continue
+        if pinned is not None and pinned not in op.forms:
+            raise LoweringError(
+                f"lower {target} {program.model}: form is {pinned!r};"
+                f" expected one of {sorted(op.forms)}."
+            )
+        planned = [
+            Choice(pinned, "pinned by the recipe")
+            if pinned
+            else op.choose(target, program.precision.value, site)
+            for site in queue
+        ]
+        choices += planned
+        remaining = iter(planned)
+
+        def in_chosen_form(
+            *args: Any,
+            _forms: Mapping[str, Callable[..., Any]] = op.forms,
+            _remaining: Any = remaining,
+        ) -> Any:
+            return _forms[next(_remaining).form](*args)
+
+        table[op.overload] = in_chosen_form
+    exported = program.exported.run_decompositions(table)
+    if left := find_attentions(exported, ops):
+        raise LoweringError(f"lower {target} {program.model}: {left[0].module_path} was kept.")
+    return replace(program, exported=exported, attentions=()), tuple(choices)
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """Return the PyTorch module path that a node came from (``encoder.layers.0.attention``)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _output_values(exported: ExportedProgram) -> list[Any]:
+    node = next(n for n in exported.graph.nodes if n.op == "output")
+    return [arg.meta["val"] for arg in node.args[0]]
+
+
+def _symbols(exported: ExportedProgram, inputs: Sequence[TensorSpec]) -> dict[str, str]:
+    """Map torch's symbols (``s77``) to the specs' dimension names."""
+    wanted = set(exported.graph_signature.user_inputs)
+    nodes = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in wanted]
+    result = {}
+    for node, spec in zip(nodes, inputs, strict=True):
+        for size, dim in zip(node.meta["val"].shape, spec.shape, strict=True):
+            if isinstance(dim, str):
+                result[str(size)] = dim
+    return result
+
+
+def _shape(value: torch.Tensor, symbols: Mapping[str, str]) -> tuple[int | str, ...]:
+    return tuple(
+        d if isinstance(d, int) else symbols.get(str(d), str(d)) for d in value.shape
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

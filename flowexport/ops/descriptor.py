@@ -1,0 +1,53 @@
+"""What lowering must know of an attention operator; one value per folder in ``ops/``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch._ops import OpOverload
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention node of a program, with the facts that decide its form.
+
+    Shapes are (B, N, H, D) with names for dynamic sizes; ``arguments`` are the
+    operator's plain-valued arguments after q, k, v.
+    """
+
+    op: str
+    module_path: str
+    q_shape: tuple[int | str, ...]
+    k_shape: tuple[int | str, ...]
+    v_shape: tuple[int | str, ...]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form chosen for one site, and why (kept in the manifest)."""
+
+    form: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class AttentionDescriptor:
+    """An attention operator as lowering sees it.
+
+    Attributes:
+        name: the fused operator's name in finished files (``FlowAttention``).
+        overload: the torch operator that ``torch.export`` keeps as one node.
+        forms: export-friendly decompositions by name; each takes the
+            operator's own arguments and returns its result.
+        choose: (target, precision, site) -> Choice; the one table of forms.
+        attributes: the operator's plain arguments as ONNX attributes.
+    """
+
+    name: str
+    overload: OpOverload
+    forms: Mapping[str, Callable[..., Any]]
+    choose: Callable[[str, str, AttentionSite], Choice]
+    attributes: Callable[[tuple[Any, ...]], dict[str, Any]]

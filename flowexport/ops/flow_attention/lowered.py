@@ -1,0 +1,54 @@
+"""Export-friendly forms of Flow-Attention: the operator's own signature, B,N,H,D.
+
+Each form is equal to the reference up to rounding, or says which ε it moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite, Choice
+from flowexport.ops.flow_attention.op import _flow_attention, variant_of
+from flowexport.ops.flow_attention.reference import flow_attention_reference
+
+
+def published(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Compute the published equations as they stand (the baseline of every benchmark)."""
+    return flow_attention_reference(q, k, v, variant_of(arguments))
+
+
+FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({"published": published})
+
+
+def choose(target: str, precision: str, site: AttentionSite) -> Choice:
+    """Return the form that ``target`` runs best for this site."""
+    return Choice("published", "the only form so far")
+
+
+def attributes(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the ONNX attributes of a FlowAttention node (no attribute means the default)."""
+    variant = variant_of(arguments)
+    result: dict[str, Any] = {
+        "feature_map": variant.feature_map,
+        "eps": variant.eps,
+        "outer_eps": variant.outer_eps,
+        "causal": int(variant.causal),
+        "flow_axis": variant.flow_axis,
+        "competition_axis": variant.competition_axis,
+    }
+    if variant.clamp is not None:
+        result["clamp"] = list(variant.clamp)
+    return result
+
+
+DESCRIPTOR = AttentionDescriptor(
+    name="FlowAttention",
+    overload=_flow_attention._opoverload,
+    forms=FORMS,
+    choose=choose,
+    attributes=attributes,
+)

@@ -1,0 +1,1 @@
+"""One folder a file format; SDKs are imported only when used."""

@@ -1,0 +1,1 @@
+"""Flowformer architectures, configurations, trained weights and evaluation sets."""
