@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 RENAMED = {"flowexport_models": "models", "flowexport_recipes": "export_recipes"}
+DATA = "json html css js yaml safetensors md cu cuh cpp h txt".split()
 
 packages = find_packages(include=["flowexport", "flowexport.*"])
 for name, folder in RENAMED.items():
@@ -11,9 +12,6 @@ for name, folder in RENAMED.items():
 setup(
     packages=packages,
     package_dir={"flowexport": "flowexport", **RENAMED},
-    package_data={
-        "": ["*.json", "*.html", "*.css", "*.js", "*.yaml", "*.safetensors", "*.md", "*.cu", "*.cuh",
-             "*.cpp", "*.h", "CMakeLists.txt", "py.typed"],
-    },
+    package_data={"": ["py.typed", *(f"*.{suffix}" for suffix in DATA)]},
     include_package_data=False,
 )

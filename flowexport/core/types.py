@@ -173,7 +173,7 @@ class Session(ABC):
     @abstractmethod
     def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]: ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most runtimes free on garbage collection
         """Release the runtime's memory; may be called twice."""
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -191,9 +191,7 @@ class Session(ABC):
         where = f"run {self.artifact.target} {self.artifact.model}"
         wanted = {s.name for s in self.artifact.inputs}
         if set(feeds) != wanted:
-            raise InputError(
-                f"{where}: the feeds are {sorted(feeds)}; expected {sorted(wanted)}."
-            )
+            raise InputError(f"{where}: the feeds are {sorted(feeds)}; expected {sorted(wanted)}.")
         for spec in self.artifact.inputs:
             spec.check(feeds[spec.name], where)
         results = self._run(feeds)

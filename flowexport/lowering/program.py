@@ -72,9 +72,7 @@ class LoweredProgram:
             "preprocessing": dict(self.preprocessing),
             "recipe_sha256": self.recipe_sha256,
         }
-        torch.export.save(
-            self.exported, path, extra_files={"flowexport.json": json.dumps(header)}
-        )
+        torch.export.save(self.exported, path, extra_files={"flowexport.json": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path, ops: Sequence[AttentionDescriptor]) -> LoweredProgram:
@@ -290,9 +288,7 @@ def _symbols(exported: ExportedProgram, inputs: Sequence[TensorSpec]) -> dict[st
 
 
 def _shape(value: torch.Tensor, symbols: Mapping[str, str]) -> tuple[int | str, ...]:
-    return tuple(
-        d if isinstance(d, int) else symbols.get(str(d), str(d)) for d in value.shape
-    )
+    return tuple(d if isinstance(d, int) else symbols.get(str(d), str(d)) for d in value.shape)
 
 
 def _first_line(error: Exception) -> str:

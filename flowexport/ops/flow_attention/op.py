@@ -64,7 +64,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     variant = _variant(*ctx.arguments)
     # The reference is differentiated, not a formula of ours: the gradient is the forward's own.
-    _, pullback = torch.func.vjp(
+    _, pullback, *_ = torch.func.vjp(
         lambda q, k, v: flow_attention_reference(q, k, v, variant), *ctx.saved_tensors
     )
     return (*pullback(grad), *(None for _ in ctx.arguments))
