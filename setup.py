@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 RENAMED = {"flowexport_models": "models", "flowexport_recipes": "export_recipes"}
-DATA = "json html css js yaml safetensors md cu cuh cpp h txt".split()
+DATA = ["json", "html", "css", "js", "yaml", "safetensors", "md", "cu", "cuh", "cpp", "h", "txt"]
 
 packages = find_packages(include=["flowexport", "flowexport.*"])
 for name, folder in RENAMED.items():
