@@ -1,0 +1,218 @@
+"""What a comparison found, and the limits it is held to.
+
+JSON never holds NaN or infinity; what has no finite value is null and the
+entry's reason says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from flowexport.core.errors import RecipeError, UnknownNameError
+from flowexport.core.types import Verdict
+
+
+def finite(value: float | None) -> float | None:
+    """Return ``value`` as a float, or None where it has no finite value."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What an artifact may differ from the float64 reference, and why.
+
+    Attributes:
+        max_rel: largest ``max|a - r| / max|r|`` of any case and output.
+        reason: why these limits are right for this model and precision.
+        min_cosine: smallest cosine similarity of any case and output.
+        min_sqnr_db: smallest signal to quantisation-noise ratio, in dB.
+        min_top1_agreement: share (0..1) of all rows whose arg max is the reference's.
+        max_accuracy_drop: points (0..100) of accuracy that may be lost on the evaluation set.
+        min_prediction_agreement: share (0..1) of evaluation samples predicted as the reference.
+    """
+
+    max_rel: float
+    reason: str
+    min_cosine: float | None = None
+    min_sqnr_db: float | None = None
+    min_top1_agreement: float | None = None
+    max_accuracy_drop: float | None = None
+    min_prediction_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str) or not self.reason.strip():
+            raise RecipeError("tolerance: reason is empty; expected why these limits are right.")
+        bounds = {
+            "max_rel": (0.0, 1.0),
+            "min_cosine": (-1.0, 1.0),
+            "min_sqnr_db": (-math.inf, math.inf),
+            "min_top1_agreement": (0.0, 1.0),
+            "max_accuracy_drop": (0.0, 100.0),
+            "min_prediction_agreement": (0.0, 1.0),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is None and name != "max_rel":
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or not low <= value <= high:
+                raise RecipeError(
+                    f"tolerance: {name} has {value!r}; expected a number in [{low:g}, {high:g}]."
+                )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Tolerance:
+        """Read a recipe's tolerance; raises RecipeError, or UnknownNameError for a key."""
+        known = {f.name for f in fields(cls)}
+        for key in data:
+            if key not in known:
+                raise UnknownNameError("tolerance key", str(key), known)
+        for key in ("max_rel", "reason"):
+            if key not in data:
+                raise RecipeError(f"tolerance: {key} is missing; expected max_rel and reason.")
+        return cls(**data)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One output of one case against the reference.
+
+    Attributes:
+        max_abs: ``max|a - r|``.
+        max_rel: ``max|a - r| / max|r|``; ``max_abs`` itself where the reference is all zero.
+        relative_l2: ``|a - r|_2 / |r|_2``; ``|a - r|_2`` itself where the reference is all zero.
+        cosine: None where exactly one side is all zero (both zero: 1).
+        sqnr_db: ``10 log10(|r|^2 / |a - r|^2)``; None where exact or the reference is all zero.
+        exact: every value equals the reference's.
+        rows: rows of class scores (0 where the output is none).
+        top1_matches: rows whose arg max is the reference's, or ties with it in the reference.
+        problem: why there is nothing to measure (shape, dtype, not finite), or None.
+        peak: largest ``|r|``, so that ``max_abs`` can be read.
+    """
+
+    case: str
+    output: str
+    max_abs: float | None = None
+    max_rel: float | None = None
+    relative_l2: float | None = None
+    cosine: float | None = None
+    sqnr_db: float | None = None
+    exact: bool = False
+    rows: int = 0
+    top1_matches: int = 0
+    peak: float | None = None
+    problem: str | None = None
+
+    @property
+    def top1_agreement(self) -> float | None:
+        return self.top1_matches / self.rows if self.rows else None
+
+    def violation(self, tolerance: Tolerance) -> str | None:
+        """Return how this result leaves ``tolerance``, or None."""
+        where = f"{self.case}: {self.output}"
+        if self.problem is not None:
+            return f"{where} {self.problem}"
+        if self.max_rel is None or not self.max_rel <= tolerance.max_rel:
+            return f"{where} has max_rel {_show(self.max_rel)}; expected <= {tolerance.max_rel:g}"
+        if self.exact or not self.peak:  # cosine and SQNR say nothing here
+            return None
+        limits = (
+            ("cosine", self.cosine, tolerance.min_cosine),
+            ("SQNR in dB", self.sqnr_db, tolerance.min_sqnr_db),
+        )
+        for name, value, low in limits:
+            if low is not None and (value is None or not value >= low):
+                return f"{where} has {name} {_show(value)}; expected >= {low:g}"
+        return None
+
+    def to_json(self, tolerance: Tolerance) -> dict[str, Any]:
+        violation = self.violation(tolerance)
+        data = asdict(self)
+        for key in ("max_abs", "max_rel", "relative_l2", "cosine", "sqnr_db", "peak"):
+            data[key] = finite(data[key])
+        data["top1_agreement"] = self.top1_agreement
+        data["verdict"] = (Verdict.FAIL if violation else Verdict.PASS).value
+        data["reason"] = violation
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CaseResult:
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+
+@dataclass(frozen=True)
+class AccuracyResult:
+    """Predictions on a labelled set, counted against the labels and the reference.
+
+    Attributes:
+        samples: samples predicted; ``expected_samples``: samples in the set.
+        agreement: samples predicted as the reference predicts.
+        lost, gained: samples that only the reference, or only the artifact, gets right.
+    """
+
+    dataset: str
+    expected_samples: int
+    samples: int
+    correct: int
+    reference_correct: int
+    agreement: int
+    lost: int
+    gained: int
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of correct samples, 0..1."""
+        return self.correct / self.samples if self.samples else None
+
+    @property
+    def reference_accuracy(self) -> float | None:
+        return self.reference_correct / self.samples if self.samples else None
+
+    @property
+    def drop_points(self) -> float | None:
+        """Points (of 100) of accuracy lost against the reference; negative where gained."""
+        if not self.samples:
+            return None
+        return 100.0 * (self.reference_correct - self.correct) / self.samples
+
+    def violation(self, tolerance: Tolerance) -> str | None:
+        if self.samples == 0 or self.samples != self.expected_samples:
+            return (
+                f"{self.dataset}: {self.samples} samples were predicted; "
+                f"expected {self.expected_samples}"
+            )
+        drop, limit = self.drop_points, tolerance.max_accuracy_drop
+        if limit is not None and drop is not None and not drop <= limit:
+            return f"{self.dataset}: accuracy drops {drop:.2f} points; expected <= {limit:g}"
+        low = tolerance.min_prediction_agreement
+        if low is not None and not self.agreement / self.samples >= low:
+            return (
+                f"{self.dataset}: {self.agreement} of {self.samples} predictions are the "
+                f"reference's; expected a share >= {low:g}"
+            )
+        return None
+
+    def to_json(self, tolerance: Tolerance) -> dict[str, Any]:
+        violation = self.violation(tolerance)
+        return {
+            **asdict(self),
+            "accuracy": self.accuracy,
+            "reference_accuracy": self.reference_accuracy,
+            "drop_points": self.drop_points,
+            "verdict": (Verdict.FAIL if violation else Verdict.PASS).value,
+            "reason": violation,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> AccuracyResult:
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+
+def _show(value: float | None) -> str:
+    return "no finite value" if value is None else f"{value:.3g}"
