@@ -1,0 +1,7 @@
+"""Latency: interleaved measurement, the conditions it was taken under, and statistics."""
+
+from flowexport.bench.machine import machine_facts
+from flowexport.bench.measure import bench_feeds, measure
+from flowexport.bench.statistics import Ratio, ratio_of_medians
+
+__all__ = ["Ratio", "bench_feeds", "machine_facts", "measure", "ratio_of_medians"]

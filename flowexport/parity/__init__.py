@@ -1,0 +1,41 @@
+"""Verification: saved inputs, the float64 reference, metrics and the verdict of an artifact."""
+
+from flowexport.core.reports import (
+    AccuracyResult,
+    CaseResult,
+    ParityReport,
+    Tolerance,
+    verdict_of,
+)
+from flowexport.parity.batching import run_batched
+from flowexport.parity.cases import make_cases
+from flowexport.parity.metrics import compare
+from flowexport.parity.reference import reference_outputs
+from flowexport.parity.storage import (
+    Evaluation,
+    Golden,
+    read_evaluation,
+    read_golden,
+    write_evaluation,
+    write_golden,
+)
+from flowexport.parity.verify import verify_artifact
+
+__all__ = [
+    "AccuracyResult",
+    "CaseResult",
+    "Evaluation",
+    "Golden",
+    "ParityReport",
+    "Tolerance",
+    "compare",
+    "make_cases",
+    "read_evaluation",
+    "read_golden",
+    "reference_outputs",
+    "run_batched",
+    "verdict_of",
+    "verify_artifact",
+    "write_evaluation",
+    "write_golden",
+]

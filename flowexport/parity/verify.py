@@ -1,0 +1,224 @@
+"""The check of one finished artifact: run it on the saved inputs, judge what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from flowexport.core.errors import FlowExportError, UnavailableError
+from flowexport.core.hashing import sha256_tree
+from flowexport.core.reports import (
+    EVALUATION_PREFIX,
+    AccuracyResult,
+    CaseResult,
+    ParityReport,
+    Tolerance,
+)
+from flowexport.core.types import Artifact, RuntimeInfo, Session, Target
+from flowexport.parity.batching import run_batched
+from flowexport.parity.metrics import compare
+from flowexport.parity.storage import Evaluation, Golden
+
+REFERENCE = "the torch module in float64"
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is running, done, total)."""
+
+
+def verify_artifact(
+    target: Target,
+    artifact: Artifact,
+    golden: Golden,
+    evaluation: Evaluation | None,
+    tolerance: Tolerance,
+    *,
+    check_hash: bool = True,
+    require_fusions: Mapping[str, int] | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Run an artifact on every golden case and the evaluation set, and judge it.
+
+    The evaluation set counts as one more expected case (``evaluation/<name>``):
+    its scores are held to the tolerance as well as its accuracy. A runtime
+    that is not here gives NOT_RUN; a file that is missing, changed, cannot be
+    loaded or makes the runtime raise gives FAIL with what it said. Fusions are
+    read out of the finished file, not taken from the manifest.
+
+    Args:
+        check_hash: False only where damage is to be found by numbers alone.
+        require_fusions: fused operator -> count that the finished file must hold.
+        threads: of the runtime.
+
+    Returns:
+        The evidence; never raises for a bad artifact.
+    """
+    report = ParityReport(
+        target=artifact.target,
+        artifact_sha256=None,
+        manifest_sha256=artifact.sha256,
+        tolerance=tolerance,
+        reference=REFERENCE,
+        expected=_expected(golden, evaluation),
+        required_fusions=dict(require_fusions or {}),
+        hash_checked=check_hash,
+    )
+    if not artifact.path.exists():
+        return replace(report, failure=f"{artifact.path.name} is missing from the bundle")
+    report = replace(report, artifact_sha256=sha256_tree(artifact.path))
+    if check_hash and report.artifact_sha256 != artifact.sha256:
+        return report  # its own reason; bytes that nobody vouches for are not run
+    if require_fusions:
+        try:
+            found = target.inspect(artifact.path).get("fusions", {})
+        except UnavailableError as error:
+            return replace(report, not_run=error.message.rstrip("."), fix=error.fix)
+        except Exception as error:
+            return replace(report, failure=f"the file cannot be read: {_said(error)}")
+        report = replace(report, fusions=dict(found))
+    try:
+        session = target.load(artifact, threads=threads)
+    except UnavailableError as error:
+        return replace(report, not_run=error.message.rstrip("."), fix=error.fix)
+    except Exception as error:
+        return replace(report, failure=f"the runtime cannot load it: {_said(error)}")
+    with session:
+        run = _Run(session, artifact, golden, evaluation, progress)
+        try:
+            report = replace(report, runtime=runtime_json(session.info))
+            run.all()
+            failure = None
+        except UnavailableError as error:
+            return replace(report, not_run=error.message.rstrip("."), fix=error.fix)
+        except FlowExportError as error:
+            failure = f"{run.current}: {_said(error)}"
+        except Exception as error:
+            failure = f"{run.current}: the runtime raised {_said(error)}"
+        # After the runs: what was delegated where is known only then.
+        return replace(
+            report,
+            runtime=runtime_json(session.info),
+            cases=tuple(run.results),
+            accuracy=run.accuracy,
+            failure=failure or _tells_nothing(golden),
+        )
+
+
+@dataclass
+class _Run:
+    """State of one verification while it runs."""
+
+    session: Session
+    artifact: Artifact
+    golden: Golden
+    evaluation: Evaluation | None
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        self.results: list[CaseResult] = []
+        self.accuracy: AccuracyResult | None = None
+        self.current = "start"
+
+    def all(self) -> None:
+        total = len(self.golden.cases)
+        for done, (case, feeds) in enumerate(self.golden.cases.items()):
+            self.current = case
+            if self.progress is not None:
+                self.progress(case, done, total)
+            self._compare(case, run_batched(self.session, feeds), self.golden.expected[case])
+        if self.evaluation is not None:
+            self._evaluate(self.evaluation)
+
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        case = self.current = EVALUATION_PREFIX + evaluation.dataset.name
+        tell = self.progress
+        outputs = run_batched(
+            self.session,
+            evaluation.dataset.inputs,
+            progress=None if tell is None else lambda done, total: tell(case, done, total),
+        )
+        reference = evaluation.reference_logits
+        self._compare(case, outputs, {evaluation.output: reference})
+        scores = outputs.get(evaluation.output)
+        if scores is not None and scores.shape == reference.shape and np.isfinite(scores).all():
+            self.accuracy = count_predictions(evaluation, scores)
+
+    def _compare(
+        self, case: str, outputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+    ) -> None:
+        dtypes = {s.name: s.dtype for s in self.artifact.outputs}
+        for name, reference in expected.items():
+            if name in outputs:  # an absent one is told by the expected set
+                self.results.append(
+                    compare(case, name, outputs[name], reference, dtype=dtypes[name])
+                )
+
+
+def count_predictions(evaluation: Evaluation, scores: np.ndarray) -> AccuracyResult:
+    """Count an artifact's predictions against the labels and the reference's.
+
+    Args:
+        scores: (samples, classes), finite.
+    """
+    ours = scores.argmax(axis=1)
+    theirs = evaluation.reference_logits.argmax(axis=1)
+    right, reference_right = (
+        ours == evaluation.dataset.targets,
+        theirs == evaluation.dataset.targets,
+    )
+    return AccuracyResult(
+        dataset=evaluation.dataset.name,
+        expected_samples=len(evaluation.dataset),
+        samples=len(scores),
+        correct=int(right.sum()),
+        reference_correct=int(reference_right.sum()),
+        agreement=int((ours == theirs).sum()),
+        lost=int((reference_right & ~right).sum()),
+        gained=int((right & ~reference_right).sum()),
+    )
+
+
+def runtime_json(info: RuntimeInfo) -> dict[str, Any]:
+    """Return what executed an artifact as JSON, with its label."""
+    return {
+        "name": info.name,
+        "version": info.version,
+        "label": info.label,
+        "threads": info.threads,
+        "execution": info.execution,
+        "details": dict(info.details),
+    }
+
+
+def _expected(golden: Golden, evaluation: Evaluation | None) -> tuple[tuple[str, str], ...]:
+    pairs = [(case, output) for case, outputs in golden.expected.items() for output in outputs]
+    if evaluation is not None:
+        pairs.append((EVALUATION_PREFIX + evaluation.dataset.name, evaluation.output))
+    return tuple(pairs)
+
+
+def _tells_nothing(golden: Golden) -> str | None:
+    """Say so where a file that ignores its inputs would match the golden cases."""
+    singles: dict[str, list[np.ndarray]] = {}
+    for outputs in golden.expected.values():
+        for name, value in outputs.items():
+            singles.setdefault(name, []).append(value[:1])
+    for name, values in singles.items():
+        if len(values) > 1 and all(np.array_equal(values[0], v) for v in values[1:]):
+            return (
+                f"the reference's {name} is the same for all {len(values)} golden cases; "
+                "expected cases that a constant could not match"
+            )
+    return None
+
+
+def _said(error: Exception) -> str:
+    """Return an exception in one line of bounded length."""
+    if isinstance(error, FlowExportError):
+        return error.message.rstrip(".")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines) or "no message"
+    return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"
