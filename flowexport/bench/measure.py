@@ -13,7 +13,7 @@ import numpy as np
 from flowexport.bench.machine import load_average, machine_facts
 from flowexport.core.errors import InputError
 from flowexport.core.reports import LatencyReport
-from flowexport.core.types import RuntimeInfo, Session, TensorSpec
+from flowexport.core.types import Session, TensorSpec
 
 MAX_RUNS = 100_000
 
@@ -97,7 +97,7 @@ def measure(
             reports[name],
             samples_ms=tuple(t / 1e6 for t in times),
             warmup=warmup,
-            runtime=_runtime(sessions[name].info),
+            runtime=sessions[name].info.to_json(),
             machine=machine,
             load_before=before,
             load_after=after,
@@ -123,7 +123,7 @@ def _empty(name: str, session: Session, feeds: Mapping[str, np.ndarray]) -> Late
     return LatencyReport(
         target=name,
         threads=session.info.threads,
-        runtime=_runtime(session.info),
+        runtime=session.info.to_json(),
         input_shapes={k: list(v.shape) for k, v in feeds.items()},
     )
 
@@ -131,14 +131,3 @@ def _empty(name: str, session: Session, feeds: Mapping[str, np.ndarray]) -> Late
 def _broken(report: LatencyReport, error: Exception) -> LatencyReport:
     text = " ".join(str(error).split())[:300]
     return replace(report, not_run=f"the runtime raised {type(error).__name__}: {text}")
-
-
-def _runtime(info: RuntimeInfo) -> dict[str, Any]:
-    return {
-        "name": info.name,
-        "version": info.version,
-        "label": info.label,
-        "threads": info.threads,
-        "execution": info.execution,
-        "details": dict(info.details),
-    }

@@ -156,6 +156,9 @@ class RuntimeInfo:
         suffix = "" if self.execution == "native" else f" ({self.execution})"
         return f"{self.name} {self.version}{suffix}"
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "label": self.label}
+
 
 class Session(ABC):
     """A loaded artifact on a runtime; a context manager.

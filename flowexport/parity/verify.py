@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from flowexport.core.reports import (
     ParityReport,
     Tolerance,
 )
-from flowexport.core.types import Artifact, RuntimeInfo, Session, Target
+from flowexport.core.types import Artifact, Session, Target
 from flowexport.parity.batching import run_batched
 from flowexport.parity.metrics import compare
 from flowexport.parity.storage import Evaluation, Golden
@@ -88,7 +87,7 @@ def verify_artifact(
     with session:
         run = _Run(session, artifact, golden, evaluation, progress)
         try:
-            report = replace(report, runtime=runtime_json(session.info))
+            report = replace(report, runtime=session.info.to_json())
             run.all()
             failure = None
         except UnavailableError as error:
@@ -100,7 +99,7 @@ def verify_artifact(
         # After the runs: what was delegated where is known only then.
         return replace(
             report,
-            runtime=runtime_json(session.info),
+            runtime=session.info.to_json(),
             cases=tuple(run.results),
             accuracy=run.accuracy,
             failure=failure or _tells_nothing(golden),
@@ -179,18 +178,6 @@ def count_predictions(evaluation: Evaluation, scores: np.ndarray) -> AccuracyRes
         lost=int((reference_right & ~right).sum()),
         gained=int((right & ~reference_right).sum()),
     )
-
-
-def runtime_json(info: RuntimeInfo) -> dict[str, Any]:
-    """Return what executed an artifact as JSON, with its label."""
-    return {
-        "name": info.name,
-        "version": info.version,
-        "label": info.label,
-        "threads": info.threads,
-        "execution": info.execution,
-        "details": dict(info.details),
-    }
 
 
 def _expected(golden: Golden, evaluation: Evaluation | None) -> tuple[tuple[str, str], ...]:
