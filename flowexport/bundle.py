@@ -197,8 +197,8 @@ class Staging:
         self.check()
         with output_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
             try:
+                self._take_lock()
                 self._clean()
                 self.check()  # another conversion may have finished while this one waited
                 self.path.mkdir()
@@ -266,9 +266,9 @@ class Staging:
             if self._still_there(descriptor):
                 break
             os.close(descriptor)  # its owner removed the file between open and flock
+        self._lock = descriptor
         os.truncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
-        self._lock = descriptor
 
     def _still_there(self, descriptor: int) -> bool:
         try:

@@ -1,0 +1,212 @@
+"""Runs a converter in a child process, which may crash or be killed without harm."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowexport.core import errors
+from flowexport.core.errors import ConversionError, FlowExportError, OutputError
+from flowexport.core.types import Artifact, Options
+
+LOG_LINES = 12
+FULL_DISK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An artifact and what making it cost.
+
+    Attributes:
+        seconds: wall time of the child, its imports included.
+        peak_rss_bytes: the child's largest resident memory.
+    """
+
+    artifact: Artifact
+    seconds: float
+    peak_rss_bytes: int
+
+
+def convert_in_child(
+    *,
+    target: str,
+    model: str,
+    program: Path,
+    options: Options,
+    root: Path,
+    log: Path,
+    threads: int,
+    tick: Callable[[float], None] | None = None,
+) -> Conversion:
+    """Convert a saved program in a process of its own.
+
+    Args:
+        target: a target's registered name; the artifact goes to ``root/target``.
+        program: a ``.pt2`` file of :meth:`LoweredProgram.save`.
+        root: the staging folder.
+        log: file that takes the child's stdout and stderr.
+        threads: limit of the usual thread pools in the child.
+        tick: called some times a second with the seconds so far.
+
+    Raises:
+        ConversionError: the converter refused the program or its process died;
+            the message ends with the log's last lines. Other errors that the
+            child raised arrive with their own class.
+        OutputError: the disk ran full.
+    """
+    request = program.with_name(f"{target}.request.json")
+    request.write_text(
+        json.dumps(
+            {
+                "target": target,
+                "program": str(program),
+                "precision": options.precision.value,
+                "extra": dict(options.extra),
+                "out": str(root / target),
+                "root": str(root),
+                "parent": os.getpid(),
+            }
+        ),
+        encoding="utf-8",
+    )
+    where = f"convert {target} {model}"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    code, answer = _run(
+        [sys.executable, "-m", "flowexport.worker", str(request)], log, threads, tick
+    )
+    seconds = time.monotonic() - started
+    result = _parse(answer)
+    if code == 0 and result is not None and "artifact" in result:
+        artifact = Artifact.from_json(result["artifact"], root)
+        if not artifact.path.exists():
+            raise ConversionError(f"{where}: the converter left no file at {artifact.path}.")
+        return Conversion(artifact, seconds, int(result["peak_rss_bytes"]))
+    error = (result or {}).get("error", {})
+    if error.get("errno") in (errno.ENOSPC, errno.EDQUOT) or _disk_is_full(root):
+        raise OutputError(
+            f"output {root.parent}: cannot be written: the disk is full.",
+            fix="free some space or choose another folder with --out",
+        )
+    kind = getattr(errors, error.get("class") or "", None)
+    if isinstance(kind, type) and issubclass(kind, FlowExportError):
+        raised = kind.__new__(kind)  # a subclass may build its message from other arguments
+        FlowExportError.__init__(raised, error["message"], fix=error["fix"])
+        raise raised
+    raise ConversionError(f"{where}: {_death(code, error)}.{_tail(log)}")
+
+
+def _run(
+    command: list[str], log: Path, threads: int, tick: Callable[[float], None] | None
+) -> tuple[int, bytes]:
+    """Run a child to its end, or kill it and its children when interrupted."""
+    reading, writing = os.pipe()
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = {**{n: str(threads) for n in names}, **os.environ, "PYTHONUNBUFFERED": "1"}
+    try:
+        with log.open("wb") as stream:
+            child = subprocess.Popen(
+                [*command, str(writing)],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writing,),
+                start_new_session=True,  # the terminal's Ctrl-C reaches the parent alone
+                env=environment,
+            )
+        os.close(writing)
+        writing = -1
+        try:
+            answer = _collect(reading, child, tick)
+            return child.wait(), answer
+        except BaseException:
+            _kill(child)
+            raise
+    finally:
+        os.close(reading)
+        if writing >= 0:
+            os.close(writing)
+
+
+def _collect(
+    reading: int, child: subprocess.Popen[bytes], tick: Callable[[float], None] | None
+) -> bytes:
+    """Read the pipe until the child has ended or closed it."""
+    answer = b""
+    started = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        selector.register(reading, selectors.EVENT_READ)
+        while True:
+            if selector.select(timeout=0.2):
+                piece = os.read(reading, 1 << 16)
+                if not piece:
+                    return answer
+                answer += piece
+            elif child.poll() is not None:  # a grandchild may still hold the pipe
+                return answer
+            if tick is not None:
+                tick(time.monotonic() - started)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _parse(answer: bytes) -> dict[str, Any] | None:
+    try:
+        result = json.loads(answer)
+    except ValueError:
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def _death(code: int, error: dict[str, Any]) -> str:
+    if error.get("memory"):
+        return "the converter ran out of memory"
+    if error:
+        return f"the converter failed with {error['message'].rstrip('.')}"
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
+        return f"the converter's process was ended by {name}{hint}"
+    return f"the converter's process ended with code {code} and no result"
+
+
+def _tail(log: Path) -> str:
+    """Return the log's last lines, without the frames of a Python traceback."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    kept: list[str] = []
+    inside = False
+    for line in lines:
+        if line.lstrip().startswith("Traceback (most recent call last)"):
+            inside = True
+        elif not (inside and line.startswith(" ")):
+            inside = False
+            if line.strip():
+                kept.append(line.rstrip())
+    tail = kept[-LOG_LINES:]
+    return " The log ends:\n" + "\n".join(f"  {line[:300]}" for line in tail) if tail else ""
+
+
+def _disk_is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < FULL_DISK_BYTES
+    except OSError:
+        return False
