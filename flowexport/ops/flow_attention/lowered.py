@@ -12,6 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite, Choice
+from flowexport.ops.flow_attention.causal import causal_chunked, causal_triangular
+from flowexport.ops.flow_attention.half import means
+from flowexport.ops.flow_attention.noncausal import channel_first, token_major
 from flowexport.ops.flow_attention.op import _flow_attention, variant_of
 from flowexport.ops.flow_attention.reference import flow_attention_reference
 
@@ -21,7 +24,16 @@ def published(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     return flow_attention_reference(q, k, v, variant_of(arguments))
 
 
-FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({"published": published})
+FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
+    {
+        "published": published,
+        "channel_first": channel_first,
+        "token_major": token_major,
+        "means": means,
+        "causal_chunked": causal_chunked,
+        "causal_triangular": causal_triangular,
+    }
+)
 
 
 def choose(target: str, precision: str, site: AttentionSite) -> Choice:

@@ -14,6 +14,8 @@ from flowexport.core.errors import InputError
 
 FEATURE_MAPS = ("sigmoid", "relu")
 AXES = ("tokens", "heads")
+# exp of a clamped Ô stays in half's range without the maximum subtracted up to here.
+LARGEST_EXPONENT = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class FlowVariant:
             raise InputError("flow attention: eps is negative; expected eps >= 0.")
         if self.causal and (self.flow_axis, self.competition_axis) != ("tokens", "tokens"):
             raise InputError("flow attention: a causal variant sums over tokens only.")
+
+    @property
+    def needs_maximum(self) -> bool:
+        """Whether exp(Ô) could overflow unless the softmax's maximum is subtracted."""
+        return self.clamp is None or max(map(abs, self.clamp)) > LARGEST_EXPONENT
 
 
 VARIANTS: Mapping[str, FlowVariant] = MappingProxyType(

@@ -1,0 +1,164 @@
+"""Flow-Attention whose intermediate results stay near 1: the form for half precision.
+
+The published sums grow with N: in IEEE half 1/I is subnormal above
+N·D ≈ 65 k, zero above 262 k, and sums pass 65,504 on other paths. With means
+(m_k = Σk / S and so on) the factors N cancel:
+
+    i_i = (q_i + ε) · (m_k + ε/S) + ε₂/S            = I_i / S
+    o_j = (k_j + ε) · (m_q + ε/L) + ε₂/L            = O_j / L
+    Î_i L/S = (q_i + ε) · (mean_j(k_j / o_j) + ε L/S) + ε₂ L/S
+    Ô_j = (k_j + ε) · (L/S mean_i(q_i / i_i) + ε) + ε₂
+    R_i = (q_i / i_i) · mean_j(k_jᵀ c_j v_j) · a_i
+
+which is exact algebra: no ε is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from flowexport.ops.flow_attention.noncausal import (
+    prepare,
+    scaled,
+    sink_source_ratio,
+    token_count,
+    weights,
+)
+
+# A sum of this many halves of similar size keeps ten bits even in a half accumulator.
+LONGEST_SUM = 64
+
+
+def chunks(size: int) -> list[tuple[int, int, int]]:
+    """Split ``size`` tokens into (start, count, length) runs of equal chunks.
+
+    One run where size = count · length with both near its root, else a run of
+    chunks of 64 and a shorter rest, so that a prime needs no padding.
+    """
+    if size <= LONGEST_SUM:
+        return [(0, 1, size)]
+    root = size**0.5
+    lengths = [n for n in range(16, 513) if size % n == 0 and root / 4 <= n <= root * 4]
+    if lengths:
+        length = min(lengths, key=lambda n: abs(n - root))
+        return [(0, size // length, length)]
+    length = max(LONGEST_SUM, int(root))
+    count = size // length
+    runs = [(0, count, length)]
+    if size % length:
+        runs.append((count * length, 1, size % length))
+    return runs
+
+
+def token_mean(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Return scale · mean over the tokens, (B, H, N, D) -> (B, H, 1, D), in two stages.
+
+    ``scale`` is applied between the stages. A dynamic N takes one stage: exact
+    in a float32 accumulator, which half GEMMs and reductions have on GPUs.
+    """
+    size = x.shape[2]
+    if not isinstance(size, int):
+        return scaled(x.mean(dim=2, keepdim=True), scale)
+    result = None
+    for start, count, length in chunks(size):
+        run = x if count * length == size else x[:, :, start : start + count * length]
+        if count == 1:
+            mean = scaled(run.mean(dim=2, keepdim=True), scale)
+        else:
+            parts = run.flatten(0, 1).unflatten(1, (count, length)).mean(dim=2)
+            mean = scaled(parts, scale).mean(dim=1, keepdim=True).unflatten(0, x.shape[:2])
+        mean = scaled(mean, count * length / size)
+        result = mean if result is None else result + mean
+    assert result is not None
+    return result
+
+
+def outer_mean(k: Tensor, v: Tensor) -> Tensor:
+    """Return the mean over the tokens of kᵀ v, (B, H, N, D), (B, H, N, M) -> (B, H, D, M).
+
+    Both factors carry half of each chunk's 1/n, so no product leaves half's range.
+    """
+    size = k.shape[2]
+    if not isinstance(size, int):
+        root = (k.new_ones(1) / token_count(k, 2)).sqrt()
+        return (k * root).transpose(2, 3) @ (v * root)
+    result = None
+    for start, count, length in chunks(size):
+        a, b = (
+            x if count * length == size else x[:, :, start : start + count * length] for x in (k, v)
+        )
+        root = length**-0.5
+        if count > 1:
+            a, b = (x.flatten(0, 1).unflatten(1, (count, length)) for x in (a, b))
+        mean = scaled(a, root).transpose(2, 3) @ scaled(b, root)
+        if count > 1:
+            mean = mean.mean(dim=1).unflatten(0, k.shape[:2])
+        mean = scaled(mean, count * length / size)
+        result = mean if result is None else result + mean
+    assert result is not None
+    return result
+
+
+def _share(x: Tensor) -> float | Tensor:
+    """Return 1 / N of (B, H, N, D)."""
+    size = x.shape[2]
+    return 1 / size if isinstance(size, int) else x.new_ones(1) / token_count(x, 2)
+
+
+def means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Compute Flow-Attention by means instead of sums, every mean in two stages.
+
+    Exact in exact arithmetic, ε included. In half arithmetic the ε of 1e-6 is
+    a subnormal: where it is flushed, the result is the one for ε = 0, and rows
+    whose features are all below 6e-8 become 0/0.
+
+    Where the result itself grows with N (competition over heads, flows over
+    heads) it is scaled last, in two steps of √S.
+
+    Args and Returns: as :func:`channel_first`.
+    """
+    q, k, variant = prepare(q, k, v, arguments, "means")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    eps, outer = variant.eps, variant.outer_eps
+    sources = k.shape[2]
+    if variant.flow_axis == "tokens":
+        ratio = sink_source_ratio(q, k, 2)
+        per_sink, per_source = _share(q), _share(k)
+
+        def dot(a: Tensor, mean: Tensor, share: float | Tensor) -> Tensor:
+            """(a + ε) · (mean + ε share) + ε₂ share."""
+            mean = mean.transpose(2, 3) + eps * share
+            return a @ mean + (mean.sum(dim=2, keepdim=True) * eps + outer * share)
+
+        incoming = dot(q, token_mean(k), per_source)
+        outgoing = dot(k, token_mean(q), per_sink)
+        normalized = q / incoming
+        allocation = dot(q, token_mean(k / outgoing), ratio).sigmoid()
+        source = dot(k, scaled(token_mean(normalized), ratio), 1.0)
+    else:
+
+        def flow(a: Tensor, b: Tensor) -> Tensor:
+            return ((a + eps) * (b.sum(dim=1, keepdim=True) + eps)).sum(dim=3, keepdim=True) + outer
+
+        normalized = q / flow(q, k)
+        allocation = flow(q, k / flow(k, q)).sigmoid()
+        source = flow(k, normalized)
+
+    grown = variant.flow_axis == "heads" or variant.competition_axis == "heads"
+    small = 1.0  # the competition is held at 1/small of its value, which may be up to S
+    if variant.competition_axis == "heads":
+        weight = weights(source, variant, 1)
+        competition = weight / weight.sum(dim=1, keepdim=True)
+    else:
+        weight = weights(source, variant, 2)
+        bounded = variant.clamp is not None and max(map(abs, variant.clamp)) <= 2
+        if isinstance(sources, int) and not bounded:
+            small = max(1.0, sources**0.5 / 2)
+        competition = weight / token_mean(weight, small)
+    context = scaled(outer_mean(k, v * competition), small)
+    if not grown:
+        return ((normalized @ context) * allocation).transpose(1, 2)
+    root = float(sources) ** 0.5 if isinstance(sources, int) else token_count(k, 2).sqrt()
+    return ((normalized @ (context * root)) * allocation * root).transpose(1, 2)
