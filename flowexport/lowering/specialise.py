@@ -1,0 +1,97 @@
+"""A program with a fixed batch and float32 inside, for converters that need either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flowexport.core.errors import InputError, LoweringError
+from flowexport.lowering.program import LoweredProgram, find_attentions
+from flowexport.ops.descriptor import AttentionDescriptor
+
+
+def require_static(program: LoweredProgram, target: str, fix: str) -> None:
+    """Refuse dynamic dimensions other than the batch, before any long work.
+
+    Raises:
+        InputError: an input has a named dimension that is not ``batch`` in front.
+    """
+    for spec in program.inputs:
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str) and (axis, size) != (0, "batch"):
+                raise InputError(
+                    f"convert {target} {program.model}: {spec.name} has dynamic dimension"
+                    f" {size!r} (axis {axis}); expected fixed sizes apart from the batch.",
+                    fix=fix,
+                )
+
+
+def specialise(
+    program: LoweredProgram, ops: Sequence[AttentionDescriptor], *, batch: int = 1
+) -> LoweredProgram:
+    """Export again with a fixed batch, and with float32 in place of float16 inside.
+
+    A converter that stores half precision itself (fp16 weights in TFLite, the
+    compute precision of Core ML) starts from float32 operators. The weights
+    stay those of ``program``: widening float16 is exact.
+
+    Args:
+        program: with attention nodes or without.
+        ops: the attention operators to look for.
+        batch: size of the ``batch`` dimension.
+
+    Returns:
+        The program with static shapes; ``precision`` is kept as asked for.
+
+    Raises:
+        LoweringError: ``torch.export`` refused the batch.
+    """
+    module = program.exported.module(check_guards=False)
+    if not isinstance(module, torch.fx.GraphModule):
+        raise LoweringError(f"lower {program.model}: the exported program has no graph module.")
+    _widen(module)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, program.example(batch=batch))
+    except Exception as error:
+        raise LoweringError(
+            f"lower {program.model}: torch.export refused batch {batch}:"
+            f" {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+            fix="make forward independent of the batch size",
+        ) from error
+    found = find_attentions(exported, ops)
+    return replace(
+        program,
+        exported=exported,
+        inputs=tuple(s.static(batch=batch) for s in program.inputs),
+        outputs=tuple(s.static(batch=batch) for s in program.outputs),
+        # The module paths come from the first export; a second one knows the graph only.
+        attentions=tuple(
+            replace(site, module_path=old.module_path)
+            for site, old in zip(found, program.attentions, strict=True)
+        ),
+    )
+
+
+def _widen(module: torch.fx.GraphModule) -> None:
+    """Replace float16 by float32 in a graph's tensors and in its operators' arguments."""
+
+    def wide(value: Any) -> Any:
+        return torch.float32 if value is torch.float16 else value
+
+    # New tensors, not new data: the module shares its own with the program.
+    for owner in module.modules():
+        stores: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, vars(owner))
+        for store in stores:
+            for name, value in list(store.items()):
+                if isinstance(value, torch.nn.Parameter) and value.dtype is torch.float16:
+                    store[name] = torch.nn.Parameter(value.detach().float(), requires_grad=False)
+                elif isinstance(value, torch.Tensor) and value.dtype is torch.float16:
+                    store[name] = value.float()
+    for node in module.graph.nodes:
+        node.args = torch.fx.node.map_aggregate(node.args, wide)
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, wide)
+    module.recompile()

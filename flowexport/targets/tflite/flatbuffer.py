@@ -1,0 +1,169 @@
+"""Reads and writes the TFLite flatbuffer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowexport.core.errors import ConversionError, InputError
+from flowexport.core.types import TensorSpec
+
+IDENTIFIER = b"TFL3"
+ALIGNMENT = 16  # schema.fbs: Buffer.data (force_align: 16)
+MAX_BYTES = 2**31 - 1
+
+
+def read_model(path: Path) -> Any:
+    """Return the whole model as objects of the TFLite schema.
+
+    Walking every table is also the check that the file is complete: the
+    runtime itself maps the file and trusts it.
+
+    Raises:
+        InputError: no such file, not a TFLite model, or truncated.
+    """
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    if not path.is_file():
+        raise InputError(f"inspect tflite: {path} is no file.")
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    if head[4:8] != IDENTIFIER:
+        raise InputError(
+            f"inspect tflite: {path} starts with {head[4:8]!r}; expected {IDENTIFIER!r}"
+            " (a TFLite model)."
+        )
+    try:
+        model = flatbuffer_utils.read_model(str(path))
+        # An unused or cut subgraph parses as None: look at what everything needs.
+        for graph in model.subgraphs:
+            for tensor in graph.tensors:
+                model.buffers[tensor.buffer]
+        if not model.signatureDefs:
+            raise ValueError("no signature")
+    except Exception as error:
+        raise InputError(
+            f"inspect tflite: {path} is truncated or corrupt ({type(error).__name__}).",
+            fix="convert it again",
+        ) from error
+    return model
+
+
+def write_model(model: Any, path: Path, metadata: Mapping[str, bytes]) -> None:
+    """Write ``model`` with named metadata buffers added, constants aligned to 16 bytes.
+
+    Raises:
+        ConversionError: the model exceeds a flatbuffer's 2 GiB.
+    """
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    class AlignedBuffer(schema.BufferT):  # type: ignore[misc] # its Pack ignores force_align
+        def Pack(self, builder: Any) -> Any:  # noqa: N802 - flatbuffers' name
+            data = None
+            if self.data is not None and len(self.data):
+                content = np.ascontiguousarray(self.data).view(np.uint8).tobytes()
+                builder.StartVector(1, len(content), ALIGNMENT)
+                builder.head -= len(content)
+                builder.Bytes[builder.head : builder.head + len(content)] = content
+                data = builder.EndVector()
+            schema.BufferStart(builder)
+            if data is not None:
+                schema.BufferAddData(builder, data)
+            return schema.BufferEnd(builder)
+
+    added = {name.encode(): content for name, content in metadata.items()}
+    model.metadata = [m for m in model.metadata or [] if m.name not in added]
+    for name, content in added.items():
+        entry = schema.MetadataT()
+        entry.name = name
+        entry.buffer = len(model.buffers)
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer(content, dtype=np.uint8)
+        model.buffers.append(buffer)
+        model.metadata.append(entry)
+    size = sum(len(b.data) for b in model.buffers if b.data is not None)
+    if size > MAX_BYTES:
+        raise ConversionError(
+            f"convert tflite: the constants have {size} bytes; expected at most {MAX_BYTES}"
+            " (a flatbuffer's limit).",
+            fix="--precision fp16",
+        )
+    for i, old in enumerate(model.buffers):
+        model.buffers[i] = AlignedBuffer()
+        model.buffers[i].data = old.data
+    builder = flatbuffers.Builder(size + (1 << 20))
+    builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
+    with path.open("wb") as stream:
+        stream.write(memoryview(builder.Bytes)[builder.Head() :])
+
+
+def signature(model: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Return the first signature's inputs and outputs."""
+    chosen = model.signatureDefs[0]
+    tensors = model.subgraphs[chosen.subgraphIndex].tensors
+
+    def specs(entries: Any) -> list[TensorSpec]:
+        return [
+            TensorSpec(
+                e.name.decode(), _shape(tensors[e.tensorIndex]), _dtype(tensors[e.tensorIndex])
+            )
+            for e in entries
+        ]
+
+    return specs(chosen.inputs), specs(chosen.outputs)
+
+
+def subgraph_names(model: Any) -> tuple[list[str], list[str]]:
+    """Return the signature's names in the order of the subgraph's inputs and outputs."""
+    chosen = model.signatureDefs[0]
+    graph = model.subgraphs[chosen.subgraphIndex]
+    names_in = {e.tensorIndex: e.name.decode() for e in chosen.inputs}
+    names_out = {e.tensorIndex: e.name.decode() for e in chosen.outputs}
+    return (
+        [names_in.get(int(i), "") for i in graph.inputs],
+        [names_out.get(int(i), "") for i in graph.outputs],
+    )
+
+
+def operator_counts(model: Any) -> dict[str, int]:
+    """Return how often each operator occurs, over all subgraphs."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+    codes = []
+    for code in model.operatorCodes:
+        builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+        custom = code.customCode.decode() if code.customCode else None
+        codes.append(custom or names.get(builtin, str(builtin)))
+    counts = Counter(codes[op.opcodeIndex] for g in model.subgraphs for op in g.operators)
+    return dict(sorted(counts.items()))
+
+
+def constant_bytes(model: Any) -> dict[str, int]:
+    """Return the bytes of constants by dtype (each buffer counted once)."""
+    seen: dict[int, str] = {}
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            data = model.buffers[tensor.buffer].data
+            if data is not None and len(data):
+                seen[tensor.buffer] = _dtype(tensor)
+    totals: Counter[str] = Counter()
+    for index, dtype in seen.items():
+        totals[dtype] += len(model.buffers[index].data)
+    return dict(sorted(totals.items()))
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(d) for d in (tensor.shape if tensor.shape is not None else ()))
+
+
+def _dtype(tensor: Any) -> str:
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {v: k for k, v in vars(schema.TensorType).items() if isinstance(v, int)}
+    return str(names.get(tensor.type, tensor.type)).lower()

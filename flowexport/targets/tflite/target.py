@@ -1,0 +1,248 @@
+"""The TFLite target: one static-batch .tflite file, verified on LiteRT."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flowexport.core.errors import ConversionError, UnavailableError
+from flowexport.core.hashing import sha256_file
+from flowexport.core.types import Artifact, Availability, Options, Precision, Session, TensorSpec
+from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
+from flowexport.ops.descriptor import AttentionSite, Choice
+from flowexport.ops.installed import installed_ops
+from flowexport.targets.tflite import flatbuffer, metadata
+from flowexport.targets.tflite.convert import store_weights_in_half, to_flatbuffer
+from flowexport.targets.tflite.options import PRECISIONS, TFLiteOptions
+from flowexport.targets.tflite.session import TFLiteSession, delegation, open_interpreter
+
+_CONVERTERS = {"litert-torch": "litert_torch", "ai-edge-quantizer": "ai_edge_quantizer"}
+_RUNTIME = {"ai-edge-litert": "ai_edge_litert"}
+_INSTALL = "pip install 'flowexport[tflite]'"
+
+
+class TFLiteTarget:
+    """Converts with litert-torch, runs with ai-edge-litert; see ``core.types.Target``."""
+
+    name = "tflite"
+    suffix = ".tflite"
+    precisions = PRECISIONS
+
+    def probe(self) -> Availability:
+        """Say whether the converter and the runtime are installed."""
+        missing = [
+            package
+            for package, module in {**_CONVERTERS, **_RUNTIME}.items()
+            if importlib.util.find_spec(module) is None
+        ]
+        reason = None
+        if missing:
+            reason = f"not installed: {', '.join(missing)}"
+        runs = "ai-edge-litert" not in missing
+        if runs:
+            try:
+                import ai_edge_litert.interpreter  # noqa: F401 - the wheel may not load here
+            except Exception as error:
+                runs = False
+                reason = f"ai-edge-litert cannot be imported: {error}"
+        return Availability(
+            converts=not missing and runs,
+            runs=runs,
+            toolchain=_versions(*_CONVERTERS, *_RUNTIME, "torch"),
+            reason=reason,
+            fix=_INSTALL if reason else None,
+        )
+
+    def validate(self, options: Options) -> None:
+        """Raise InputError or UnknownNameError for what TFLite does not support."""
+        TFLiteOptions.parse(options)
+
+    def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
+        """Write ``<model>.tflite`` under ``out``: batch 1, named inputs and outputs.
+
+        FP16 stores the weights of linear and convolution layers in half
+        precision; LiteRT widens them and computes in float32 on a CPU.
+
+        Raises:
+            InputError: an option or a dynamic dimension that TFLite does not support.
+            UnavailableError: the converter is not installed.
+            ConversionError: it refused the program, or lost a name or shape.
+        """
+        settings = TFLiteOptions.parse(options)
+        require_static(
+            program,
+            self.name,
+            "give the length in the shape; one file for several lengths needs one bucket"
+            " (signature) a length",
+        )
+        self._require_converter(program.model)
+        ops = installed_ops()
+        static = specialise(program, ops)
+        # The arithmetic is float32 whatever the weights are stored in: float32's form.
+        plain, choices = decompose(
+            replace(static, precision=Precision.FP32), self.name, ops, pinned=settings.form
+        )
+        content: Any = to_flatbuffer(plain)
+        if options.precision is Precision.FP16:
+            content = store_weights_in_half(content, program.model)
+
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{program.model}{self.suffix}"
+        path.write_bytes(content)
+        del content
+        form = "+".join(sorted({c.form for c in choices})) or "none"
+        toolchain = _versions(*_CONVERTERS, *_RUNTIME, "torch")
+        if options.precision is Precision.FP32:
+            del toolchain["ai-edge-quantizer"]
+        header = {
+            "model": program.model,
+            "precision": options.precision.value,
+            "form": form,
+            "recipe_sha256": program.recipe_sha256,
+            "preprocessing": dict(program.preprocessing),
+            "toolchain": toolchain,
+        }
+        self._describe(path, static, header)
+        operators = self._check(path, static)
+        return Artifact(
+            target=self.name,
+            path=path,
+            sha256=sha256_file(path),
+            size_bytes=path.stat().st_size,
+            precision=options.precision,
+            model=program.model,
+            recipe_sha256=program.recipe_sha256,
+            form=form,
+            inputs=static.inputs,
+            outputs=static.outputs,
+            fusions=_fusions(operators, [op.name for op in ops]),
+            toolchain=toolchain,
+            options=dict(options.extra),
+            details=self._details(path, options.precision, operators, static.attentions, choices),
+        )
+
+    def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
+        """Return a session on LiteRT's CPU interpreter.
+
+        Raises:
+            UnavailableError: ai-edge-litert is not installed.
+            InputError: the file is corrupt or another model's.
+        """
+        self._require_runtime(artifact.model)
+        return TFLiteSession(artifact, threads)
+
+    def inspect(self, path: Path) -> dict[str, Any]:
+        """Read a finished file.
+
+        Raises:
+            InputError: the file is no TFLite model, or truncated.
+        """
+        self._require_runtime(path.name)
+        model = flatbuffer.read_model(path)
+        inputs, outputs = flatbuffer.signature(model)
+        operators = flatbuffer.operator_counts(model)
+        header, labels = metadata.read_files(path)
+        return {
+            "inputs": [s.to_json() for s in inputs],
+            "outputs": [s.to_json() for s in outputs],
+            "operators": operators,
+            "fusions": _fusions(operators, [op.name for op in installed_ops()]),
+            "metadata": header,
+            "labels": labels,
+            "constant_bytes": flatbuffer.constant_bytes(model),
+            "size_bytes": path.stat().st_size,
+        }
+
+    def _describe(self, path: Path, program: LoweredProgram, header: dict[str, Any]) -> None:
+        """Rewrite the file with its metadata inside and the labels behind it."""
+        model = flatbuffer.read_model(path)
+        inputs, outputs = flatbuffer.subgraph_names(model)
+        last = program.outputs[0].name if program.labels else None
+        described = metadata.metadata_buffer(
+            program.model, f"{program.model}, made by flowexport", inputs, outputs, last
+        )
+        temporary = path.with_suffix(".partial")
+        flatbuffer.write_model(model, temporary, {metadata.BUFFER_NAME: described})
+        metadata.append_files(temporary, header, program.labels)
+        temporary.replace(path)
+
+    def _check(self, path: Path, program: LoweredProgram) -> dict[str, int]:
+        """Return the operators of a file that has exactly the program's inputs and outputs."""
+        model = flatbuffer.read_model(path)
+        for kind, found, wanted in zip(
+            ("inputs", "outputs"),
+            flatbuffer.signature(model),
+            (program.inputs, program.outputs),
+            strict=True,
+        ):
+            if {s.name: s for s in found} != {s.name: s for s in wanted}:
+                raise ConversionError(
+                    f"convert tflite {program.model}: the {kind} are {_listed(found)};"
+                    f" expected {_listed(wanted)}."
+                )
+        return flatbuffer.operator_counts(model)
+
+    def _details(
+        self,
+        path: Path,
+        precision: Precision,
+        operators: dict[str, int],
+        sites: Sequence[AttentionSite],
+        choices: Sequence[Choice],
+    ) -> dict[str, Any]:
+        split = delegation(open_interpreter(path, 1))
+        half = precision is Precision.FP16
+        details: dict[str, Any] = {
+            "batch": 1,
+            "delegation": split,
+            "operators": operators,
+            "constant_bytes": flatbuffer.constant_bytes(flatbuffer.read_model(path)),
+            "arithmetic": "float32 on a CPU; weights are stored as float16" if half else "float32",
+            "sites": [
+                {"module": s.module_path, "form": c.form, "reason": c.reason}
+                for s, c in zip(sites, choices, strict=True)
+            ],
+            "warnings": [],
+        }
+        if split["partitions"] != 1 or split["not_delegated"]:
+            details["warnings"].append(
+                f"{split['partitions']} XNNPACK partitions; not delegated:"
+                f" {split['not_delegated'] or 'nothing'}"
+            )
+        return details
+
+    def _require_converter(self, model: str) -> None:
+        found = self.probe()
+        if not found.converts:
+            raise UnavailableError(f"convert tflite {model}: {found.reason}.", fix=found.fix)
+
+    def _require_runtime(self, model: str) -> None:
+        found = self.probe()
+        if not found.runs:
+            raise UnavailableError(f"load tflite {model}: {found.reason}.", fix=found.fix)
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _fusions(operators: dict[str, int], names: Sequence[str]) -> dict[str, int]:
+    """Count the attentions kept as one operator: TFLite has none, a custom one would show."""
+    return {name: operators.get(name, 0) for name in names}
+
+
+def _listed(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{s.name} {s.dtype}{list(s.shape)}" for s in specs)
+
+
+TARGET = TFLiteTarget()
