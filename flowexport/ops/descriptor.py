@@ -43,11 +43,12 @@ class AttentionDescriptor:
         forms: export-friendly decompositions by name; each takes the
             operator's own arguments and returns its result.
         choose: (target, precision, site) -> Choice; the one table of forms.
-        attributes: the operator's plain arguments as ONNX attributes.
+        attributes: the operator's plain arguments as ONNX attributes; None where
+            the operator has no ONNX node and is always decomposed.
     """
 
     name: str
     overload: OpOverload
     forms: Mapping[str, Callable[..., Any]]
     choose: Callable[[str, str, AttentionSite], Choice]
-    attributes: Callable[[tuple[Any, ...]], dict[str, Any]]
+    attributes: Callable[[tuple[Any, ...]], dict[str, Any]] | None = None

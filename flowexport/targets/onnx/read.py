@@ -1,0 +1,102 @@
+"""Reading a finished ONNX file: names, operators, fusions, metadata."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowexport.core.errors import InputError
+from flowexport.core.types import TensorSpec
+from flowexport.targets.onnx.function import DOMAIN
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, ValueInfoProto
+
+
+def read_model(path: Path) -> ModelProto:
+    """Return an ONNX file's model.
+
+    Raises:
+        InputError: the file cannot be read, is no ONNX, or is cut short.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    where = f"read onnx {path.name}"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read: {error.strerror}.") from error
+    try:
+        model = onnx.load_model_from_string(data)
+        onnx.checker.check_model(model)
+    except (DecodeError, onnx.checker.ValidationError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{where}: {len(data)} bytes are no complete ONNX model: {reason}",
+            fix="check that the file is an .onnx file and was copied whole",
+        ) from error
+    if not model.graph.node or not model.graph.output:
+        raise InputError(f"{where}: {len(data)} bytes hold no graph; expected an ONNX model.")
+    return model
+
+
+def inline(model: ModelProto) -> ModelProto:
+    """Return the model with every function replaced by its body."""
+    import onnx.inliner
+
+    return onnx.inliner.inline_local_functions(model)
+
+
+def operators(model: ModelProto) -> dict[str, int]:
+    """Count operators of the main graph by name, most frequent first."""
+    names = (f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.node)
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def fusions(model: ModelProto) -> dict[str, int]:
+    """Count attention nodes that have their function in the file, by operator."""
+    defined = {(f.domain, f.name, f.overload) for f in model.functions}
+    nodes = (n for n in model.graph.node if n.domain == DOMAIN)
+    return dict(Counter(n.op_type for n in nodes if (n.domain, n.op_type, n.overload) in defined))
+
+
+def specs(values: Any) -> tuple[TensorSpec, ...]:
+    """Return the specs of a graph's inputs or outputs."""
+    return tuple(_spec(value) for value in values)
+
+
+def _spec(value: ValueInfoProto) -> TensorSpec:
+    import onnx
+
+    tensor = value.type.tensor_type
+    shape = tuple(
+        d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim
+    )
+    return TensorSpec(
+        value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    )
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return what ``flowexport inspect`` shows of an ONNX file.
+
+    Raises:
+        InputError: the file is no complete ONNX model.
+    """
+    model = read_model(path)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return {
+        "inputs": [
+            s.to_json() for s in specs(v for v in model.graph.input if v.name not in weights)
+        ],
+        "outputs": [s.to_json() for s in specs(model.graph.output)],
+        "operators": operators(model),
+        "operators_inlined": operators(inline(model)),
+        "fusions": fusions(model),
+        "metadata": {p.key: p.value for p in model.metadata_props},
+        "opset": {o.domain or "ai.onnx": o.version for o in model.opset_import},
+        "ir_version": model.ir_version,
+        "size_bytes": path.stat().st_size,
+    }

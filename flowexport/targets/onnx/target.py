@@ -1,0 +1,136 @@
+"""The ONNX target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flowexport.core.errors import UnavailableError
+from flowexport.core.hashing import sha256_file
+from flowexport.core.types import Artifact, Availability, Options, Precision, Session
+from flowexport.lowering import LoweredProgram
+from flowexport.ops.installed import installed_ops
+from flowexport.targets.onnx.options import PRECISIONS, OnnxOptions
+
+NEEDED = ("onnx", "onnxscript", "onnxsim")
+RUNTIME = "onnxruntime"
+
+
+class OnnxTarget:
+    """One ``.onnx`` file; runs on ONNX Runtime's CPU provider."""
+
+    name = "onnx"
+    suffix = ".onnx"
+    precisions: tuple[Precision, ...] = PRECISIONS
+
+    def probe(self) -> Availability:
+        """Say which packages are here; never raises."""
+        missing = [name for name in (*NEEDED, RUNTIME) if find_spec(name) is None]
+        return Availability(
+            converts=not set(missing) & set(NEEDED),
+            runs=RUNTIME not in missing,
+            toolchain=_versions((*NEEDED, RUNTIME)),
+            reason=f"not installed: {', '.join(missing)}" if missing else None,
+            fix="pip install flowexport" if missing else None,
+        )
+
+    def validate(self, options: Options) -> None:
+        """Raise InputError or UnknownNameError unless the options are ONNX's."""
+        OnnxOptions.parse(options)
+
+    def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
+        """Write ``<model>.onnx``.
+
+        Args:
+            program: of the options' precision, attention nodes in place.
+            options: ``extra``: ``opset``, ``form``.
+            out: an existing folder.
+
+        Raises:
+            LoweringError, ConversionError: a stage refused the program.
+        """
+        from flowexport.targets.onnx.export import export
+        from flowexport.targets.onnx.finish import finish
+        from flowexport.targets.onnx.read import fusions, inline
+
+        settings = OnnxOptions.parse(options)
+        model, sites = export(program, installed_ops(), opset=settings.opset, pinned=settings.form)
+        form = form_summary([site.form for site in sites])
+        model = finish(model, program, form)
+        path = out / f"{program.model}{self.suffix}"
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return Artifact(
+            target=self.name,
+            path=path,
+            sha256=sha256_file(path),
+            size_bytes=path.stat().st_size,
+            precision=program.precision,
+            model=program.model,
+            recipe_sha256=program.recipe_sha256,
+            form=form,
+            inputs=program.inputs,
+            outputs=program.outputs,
+            fusions={**dict.fromkeys((s.op for s in sites), 0), **fusions(model)},
+            toolchain=_versions(("torch", *NEEDED)),
+            options=dict(options.extra),
+            details={
+                "opset": settings.opset,
+                "ir_version": model.ir_version,
+                "nodes": len(model.graph.node),
+                "nodes_inlined": len(inline(model).graph.node),
+                "functions": len(model.functions),
+                "attentions": [site.to_json() for site in sites],
+                "deterministic": True,
+            },
+        )
+
+    def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
+        """Return a session on ONNX Runtime.
+
+        Raises:
+            UnavailableError: ONNX Runtime is not installed.
+            BundleError: the file is no ONNX model.
+        """
+        from flowexport.targets.onnx.session import OnnxSession
+
+        if find_spec(RUNTIME) is None:
+            raise UnavailableError(
+                f"load onnx {artifact.model}: onnxruntime is not installed.",
+                fix="pip install flowexport",
+            )
+        return OnnxSession(artifact, threads)
+
+    def inspect(self, path: Path) -> dict[str, Any]:
+        """Return inputs, outputs, operators (also inlined), fusions, metadata and size.
+
+        Raises:
+            InputError: the file is no complete ONNX model.
+        """
+        from flowexport.targets.onnx.read import describe
+
+        return describe(path)
+
+
+def form_summary(forms: Sequence[str]) -> str:
+    """Return ``published``, or ``left x7, published x12`` where sites differ."""
+    counts = Counter(forms)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} x{n}" for name, n in sorted(counts.items())) or "no attention"
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+TARGET = OnnxTarget()
