@@ -5,3 +5,18 @@ Importing this package imports no heavy dependency; the stages live in
 """
 
 __version__ = "0.1.0"
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowexport.pipeline import Result, benchmark, convert, verify
+
+__all__ = ["Result", "__version__", "benchmark", "convert", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from flowexport import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'flowexport' has no attribute {name!r}")

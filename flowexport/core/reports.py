@@ -45,7 +45,7 @@ class ParityReport:
     Attributes:
         target: name, e.g. ``onnx``.
         artifact_sha256: hash of the bytes that were run, or None where there are none.
-        manifest_sha256: hash that the manifest promises.
+        manifest_sha256: hash that the manifest promises; None where nothing was converted.
         reference: what the outputs were compared with, in words.
         runtime: ``RuntimeInfo`` as JSON, with ``label``; None where nothing ran.
         required_fusions, fusions: asked for by the recipe; found in the finished file.
@@ -55,7 +55,7 @@ class ParityReport:
 
     target: str
     artifact_sha256: str | None
-    manifest_sha256: str
+    manifest_sha256: str | None
     tolerance: Tolerance
     reference: str
     expected: tuple[tuple[str, str], ...] = ()

@@ -34,7 +34,7 @@ class Located:
         return self.file
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """SafeLoader in which ``1e-3`` is a number, as YAML 1.2 has it, and dates are text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012

@@ -1,0 +1,195 @@
+"""Evidence on a bundle's artifacts: gathering it, writing it down, reading it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowexport.bundle import MANIFEST, REPORT_FILES, Bundle, file_table, output_errors, write_json
+from flowexport.core.errors import BundleError, FlowExportError
+from flowexport.core.hashing import sha256_file
+from flowexport.core.reports import LatencyReport, ParityReport, Tolerance
+from flowexport.core.types import Artifact, Session
+from flowexport.progress import Progress
+from flowexport.registry import TARGETS
+
+if TYPE_CHECKING:
+    from flowexport.parity import Evaluation, Golden
+
+NOT_VERIFIED = "verification was switched off (--no-verify)"
+
+
+def skipped(
+    name: str, manifest: Mapping[str, Any], reason: str, fix: str | None = None
+) -> ParityReport:
+    """Return a NOT_RUN with its reason for a target, converted or not."""
+    entry = manifest["targets"].get(name, {})
+    absent = {"max_rel": 0.0, "reason": "nothing was converted"}
+    return ParityReport(
+        target=name,
+        artifact_sha256=None,
+        manifest_sha256=entry.get("sha256"),
+        tolerance=Tolerance.from_json(entry.get("tolerance", absent)),
+        reference="none",
+        required_fusions=entry.get("required_fusions", {}),
+        not_run=reason.rstrip("."),
+        fix=fix,
+    )
+
+
+def not_converted(manifest: Mapping[str, Any]) -> dict[str, ParityReport]:
+    """Return a NOT_RUN for each target that could not be converted where the bundle was made."""
+    return {
+        name: skipped(name, manifest, f"not converted: {entry['reason']}", entry["fix"])
+        for name, entry in manifest.get("not_run", {}).items()
+    }
+
+
+def references(root: Path, manifest: Mapping[str, Any]) -> tuple[Golden, Evaluation | None]:
+    from flowexport import parity
+
+    key = manifest["recipe_sha256"]
+    golden = parity.read_golden(root / "golden", subject=key)
+    folder = root / "evaluation"
+    return golden, parity.read_evaluation(folder, subject=key) if folder.is_dir() else None
+
+
+def verify_all(
+    artifacts: Mapping[str, Artifact],
+    manifest: Mapping[str, Any],
+    root: Path,
+    threads: int,
+    progress: Progress,
+) -> dict[str, ParityReport]:
+    from flowexport import parity
+
+    golden, evaluation = references(root, manifest)
+    reports = {}
+    for name, artifact in artifacts.items():
+        progress.stage(f"verify {name}")
+        entry = manifest["targets"][name]
+        try:
+            target = TARGETS.get(name)
+        except FlowExportError as error:
+            reports[name] = skipped(name, manifest, error.message, error.fix)
+            continue
+        reports[name] = parity.verify_artifact(
+            target,
+            artifact,
+            golden,
+            evaluation,
+            Tolerance.from_json(entry["tolerance"]),
+            require_fusions=entry["required_fusions"],
+            threads=threads,
+            progress=lambda what, done, total: progress.step(done, total, what),
+        )
+        progress.note(f"{name}: {reports[name].verdict.value}")
+    return reports
+
+
+def bench_all(
+    artifacts: Mapping[str, Artifact],
+    manifest: Mapping[str, Any],
+    root: Path,
+    threads: int,
+    progress: Progress,
+) -> dict[str, LatencyReport]:
+    """Load everything that runs here, and measure it interleaved."""
+    from flowexport.bench import bench_feeds, measure
+
+    golden, _ = references(root, manifest)
+    progress.stage("bench")
+    reports: dict[str, LatencyReport] = {}
+    sessions: dict[str, Session] = {}
+    settings = manifest["bench"]
+    with ExitStack() as stack:
+        for name, artifact in artifacts.items():
+            try:
+                session = TARGETS.get(name).load(artifact, threads=threads)
+                sessions[name] = stack.enter_context(session)
+            except FlowExportError as error:
+                reports[name] = LatencyReport(name, not_run=error.message, fix=error.fix)
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                reports[name] = LatencyReport(name, not_run=f"cannot be loaded: {lines[0][:300]}")
+        if sessions:
+            specs = artifacts[next(iter(sessions))].inputs
+            reports |= measure(
+                sessions,
+                bench_feeds(specs, golden.cases[_bench_case(golden)]),
+                warmup=settings["warmup"],
+                min_runs=settings["min_runs"],
+                min_seconds=settings["min_seconds"],
+                progress=lambda done, total: progress.step(done, total),
+            )
+    return {name: reports[name] for name in artifacts}
+
+
+def _bench_case(golden: Golden) -> str:
+    """Prefer a real sample, whose padding and range are those of use."""
+    return next((c for c in golden.cases if c.startswith("sample-")), next(iter(golden.cases)))
+
+
+def check_files(bundle: Bundle) -> None:
+    """Hold the reference data against the manifest; artifacts are judged one by one.
+
+    Raises:
+        BundleError: a golden or evaluation file is missing or was changed.
+    """
+    for name, entry in bundle.manifest["files"].items():
+        if name.split("/")[0] not in ("golden", "evaluation"):
+            continue
+        path = bundle.path / name
+        actual = sha256_file(path) if path.is_file() else None
+        if actual != entry["sha256"]:
+            state = "is missing" if actual is None else f"has sha256 {actual[:12]}…"
+            raise BundleError(
+                f"bundle {bundle.path}: {name} {state}; expected {entry['sha256'][:12]}….",
+                fix="convert again; a bundle is not edited by hand",
+            )
+
+
+def finish(
+    root: Path,
+    manifest: dict[str, Any],
+    parity: Mapping[str, ParityReport],
+    latency: Mapping[str, LatencyReport],
+) -> None:
+    """Write the report, then the manifest with the hash of every file."""
+    from flowexport.report import validate, write_report
+
+    write_report(root, manifest, parity, latency)
+    manifest["files"] = file_table(root)
+    validate(manifest, "manifest")
+    write_json(root / MANIFEST, manifest)
+
+
+def record(
+    bundle: Bundle,
+    *,
+    parity: Mapping[str, ParityReport] | None = None,
+    latency: Mapping[str, LatencyReport] | None = None,
+) -> None:
+    """Write new findings into a bundle's report; those of other targets stay.
+
+    Raises:
+        OutputError: the bundle cannot be written.
+    """
+    from flowexport.report import read_report, write_report
+
+    old_parity, old_latency = read_report(bundle.path)
+    manifest = dict(bundle.manifest)
+    with output_errors(bundle.path):
+        write_report(
+            bundle.path,
+            manifest,
+            {**old_parity, **(parity or {})},
+            {**old_latency, **(latency or {})},
+        )
+        files = dict(manifest["files"])
+        for name in REPORT_FILES:
+            path = bundle.path / name
+            files[name] = {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        write_json(bundle.path / MANIFEST, {**manifest, "files": files})

@@ -1,0 +1,324 @@
+"""The way, written once: lower, convert, verify, bench, report; and the same on a bundle.
+
+>>> import flowexport
+>>> result = flowexport.convert("japanese-vowels", out="out/jv")
+>>> result.verdict, result.parity["onnx"].max_abs
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowexport.bundle import Bundle, Staging, output_errors
+from flowexport.core.errors import ConversionError, InputError, UnknownNameError
+from flowexport.core.reports import LatencyReport, ParityReport, verdict_of
+from flowexport.core.types import Precision, TensorSpec, Verdict
+from flowexport.evidence import (
+    NOT_VERIFIED,
+    bench_all,
+    check_files,
+    finish,
+    not_converted,
+    record,
+    skipped,
+    verify_all,
+)
+from flowexport.manifest import make_manifest
+from flowexport.plan import Plan, make_plan
+from flowexport.process import Conversion, convert_in_child
+from flowexport.progress import SILENT, Progress
+from flowexport.recipes import Recipe
+from flowexport.registry import OPS
+
+if TYPE_CHECKING:
+    from flowexport.lowering import LoweredProgram
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion, a verification or a measurement of a bundle gave.
+
+    Attributes:
+        bundle: the folder.
+        required: targets for which NOT_RUN is a failure.
+    """
+
+    bundle: Path
+    manifest: Mapping[str, Any]
+    parity: Mapping[str, ParityReport] = field(default_factory=dict)
+    latency: Mapping[str, LatencyReport] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        return verdict_of(self.parity, self.required)
+
+    @property
+    def failed(self) -> list[str]:
+        """Targets whose artifact is not what it must be."""
+        return [n for n, r in self.parity.items() if r.verdict is Verdict.FAIL]
+
+    @property
+    def missing(self) -> list[str]:
+        """Required targets that did not run."""
+        return [
+            n
+            for n in self.required
+            if n not in self.parity or self.parity[n].verdict is Verdict.NOT_RUN
+        ]
+
+
+def convert(
+    source: str | Path | Recipe,
+    *,
+    targets: Sequence[str] = (),
+    precision: str | Precision | None = None,
+    weights: str | Path | None = None,
+    inputs: Sequence[TensorSpec] = (),
+    out: str | Path | None = None,
+    force: bool = False,
+    verify: bool = True,
+    bench: bool = True,
+    require: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> Result:
+    """Convert a model to every target of its recipe, verify, measure and report.
+
+    Args:
+        source: a recipe's name or path, a model's name, ``path/to/file.py:factory``, or a Recipe.
+        targets: only these; one that is not available here is an error.
+        precision: ``fp32`` or ``fp16`` for every target, instead of the recipe's.
+        weights: checkpoint, instead of the recipe's.
+        inputs: shapes, instead of the recipe's; a factory needs them.
+        out: the bundle's folder, ``out/<recipe>`` where None.
+        force: replace an older bundle there.
+        require: targets that must convert, and run, here.
+        threads: of the runtimes that are verified and measured.
+
+    Returns:
+        The bundle's place and all evidence. A failed verification is a FAIL in
+        it, not an exception, and the bundle is there.
+
+    Raises:
+        FlowExportError: see :mod:`flowexport.core.errors`; there is no bundle then.
+    """
+    progress.stage("resolve")
+    plan = make_plan(
+        source,
+        targets=targets,
+        precision=precision,
+        weights=weights,
+        inputs=inputs,
+        out=out,
+        threads=threads,
+        require=require,
+    )
+    return run_plan(
+        plan, force=force, verify=verify, bench=bench, require=require, progress=progress
+    )
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    force: bool = False,
+    verify: bool = True,
+    bench: bool = True,
+    require: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> Result:
+    """Do what a plan says; see :func:`convert`."""
+    with Staging(plan.out, force=force) as staging, output_errors(staging.out):
+        root = staging.path
+        work = root / ".work"
+        work.mkdir()
+        programs = _lower(plan, work, progress)
+        _write_references(plan, root, progress)
+        try:
+            conversions = _convert_all(plan, programs, root, work, progress)
+        except ConversionError as error:
+            raise _with_log(error, staging) from error
+        first = next(iter(programs.values()))
+        shutil.rmtree(work)
+        manifest = make_manifest(plan, conversions, first.outputs, len(first.attentions), root)
+        artifacts = {name: c.artifact for name, c in conversions.items()}
+        parity = not_converted(manifest)
+        if verify:
+            parity |= verify_all(artifacts, manifest, root, plan.threads, progress)
+        else:
+            parity |= {n: skipped(n, manifest, NOT_VERIFIED) for n in artifacts}
+        latency: dict[str, LatencyReport] = {}
+        if bench:
+            latency = bench_all(artifacts, manifest, root, plan.threads, progress)
+        progress.stage("report")
+        finish(root, manifest, parity, latency)
+        place = staging.commit()
+    return Result(place, manifest, parity, latency, tuple(require))
+
+
+def verify(
+    bundle: str | Path,
+    *,
+    targets: Sequence[str] = (),
+    require: Sequence[str] = (),
+    threads: int | None = None,
+    save: bool = False,
+    progress: Progress = SILENT,
+) -> Result:
+    """Check every artifact of a bundle against its hash, golden outputs and evaluation set.
+
+    Args:
+        save: also write the findings into the bundle's report.
+
+    Raises:
+        BundleError: the path is no bundle, or its reference data is damaged.
+    """
+    opened = Bundle.open(Path(bundle))
+    manifest = opened.manifest
+    absent = not_converted(manifest)
+    for name in (*targets, *require):
+        if name not in {*manifest["targets"], *absent}:
+            known = [*manifest["targets"], *absent]
+            raise UnknownNameError("target", name, known, where=f"bundle {opened.path}")
+    # --require adds to what --target selects.
+    chosen = {*targets, *require} if targets else {*manifest["targets"], *absent}
+    artifacts = {n: a for n, a in opened.artifacts().items() if n in chosen}
+    check_files(opened)
+    count = _threads(threads, manifest)
+    parity = verify_all(artifacts, manifest, opened.path, count, progress)
+    parity |= {n: r for n, r in absent.items() if n in chosen}
+    result = Result(opened.path, manifest, parity, {}, tuple(require))
+    if save:
+        record(opened, parity=parity)
+    return result
+
+
+def benchmark(
+    bundle: str | Path,
+    *,
+    targets: Sequence[str] = (),
+    threads: int | None = None,
+    save: bool = False,
+    progress: Progress = SILENT,
+) -> Result:
+    """Measure the latency of a bundle's artifacts, all of them interleaved.
+
+    Args:
+        threads: of each runtime; the recipe's where None.
+        save: also write the measurements into the bundle's report.
+    """
+    opened = Bundle.open(Path(bundle))
+    artifacts = opened.select(tuple(targets))
+    check_files(opened)
+    latency = bench_all(
+        artifacts, opened.manifest, opened.path, _threads(threads, opened.manifest), progress
+    )
+    if save:
+        record(opened, latency=latency)
+    return Result(opened.path, opened.manifest, {}, latency)
+
+
+def report(bundle: str | Path) -> Path:
+    """Write a bundle's ``report.html`` anew from its ``report.json``; return its path."""
+    opened = Bundle.open(Path(bundle))
+    record(opened)
+    return opened.path / "report.html"
+
+
+def _lower(plan: Plan, work: Path, progress: Progress) -> dict[Precision, LoweredProgram]:
+    """Lower once for each precision that a target asks for."""
+    from flowexport.lowering import lower
+
+    subject, spec = plan.subject, plan.subject.spec
+    programs = {}
+    wanted = list(dict.fromkeys(o.precision for o in plan.options.values()))
+    progress.stage("lower")
+    for done, precision in enumerate(wanted):
+        progress.step(done, len(wanted), precision.value)
+        program = lower(
+            copy.deepcopy(subject.module),
+            spec.inputs,
+            spec.output_names,
+            name=spec.name,
+            ops=list(OPS.working().values()),
+            precision=precision,
+            labels=spec.labels,
+            preprocessing=spec.preprocessing,
+            recipe_sha256=subject.recipe_sha256,
+        )
+        program.save(work / f"program-{precision.value}.pt2")
+        programs[precision] = program
+    return programs
+
+
+def _write_references(plan: Plan, root: Path, progress: Progress) -> None:
+    """Compute the golden outputs and the evaluation set's scores in float64, and save them."""
+    from flowexport import parity
+
+    subject, spec = plan.subject, plan.subject.spec
+    progress.stage("reference")
+    cases: dict[str, dict[str, Any]] = dict(
+        parity.make_cases(spec.inputs, subject.dataset, seed=plan.recipe.seed)
+    )
+    names = list(spec.output_names)
+    expected = parity.reference_outputs(
+        subject.module, cases, names, progress=lambda done, total: progress.step(done, total)
+    )
+    key = subject.recipe_sha256
+    parity.write_golden(root / "golden", cases, expected, subject=key)
+    if subject.dataset is None:
+        return
+    feeds = {s.name: subject.dataset.inputs[s.name] for s in spec.inputs}
+    progress.step(0, None, subject.dataset.name)
+    scores = parity.reference_outputs(subject.module, {"all": feeds}, names)["all"]
+    output = "logits" if "logits" in names else names[0]
+    parity.write_evaluation(
+        root / "evaluation", subject.dataset, output, scores[output], subject=key
+    )
+
+
+def _convert_all(
+    plan: Plan,
+    programs: Mapping[Precision, LoweredProgram],
+    root: Path,
+    work: Path,
+    progress: Progress,
+) -> dict[str, Conversion]:
+    conversions = {}
+    for name, options in plan.options.items():
+        progress.stage(f"convert {name} {options.precision.value}")
+        conversions[name] = convert_in_child(
+            target=name,
+            model=programs[options.precision].model,
+            program=work / f"program-{options.precision.value}.pt2",
+            options=options,
+            root=root,
+            log=root / "logs" / f"{name}.log",
+            threads=plan.threads,
+            tick=lambda seconds: progress.step(seconds, None),
+        )
+    return conversions
+
+
+def _with_log(error: ConversionError, staging: Staging) -> ConversionError:
+    """Keep the failed target's log beside the output folder and say where."""
+    logs = sorted((staging.path / "logs").glob("*.log"), key=lambda p: p.stat().st_mtime_ns)
+    kept = staging.keep_log(logs[-1]) if logs else None
+    if kept is None:
+        return error
+    raised = type(error)(error.message, fix=error.fix)
+    raised.add_note(f"The whole log: {kept}")
+    return raised
+
+
+def _threads(threads: int | None, manifest: Mapping[str, Any]) -> int:
+    count = int(manifest["bench"]["threads"]) if threads is None else threads
+    if count < 1:
+        raise InputError(f"threads: has {count}; expected 1 or more.")
+    return count

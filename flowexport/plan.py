@@ -1,0 +1,162 @@
+"""What a conversion will do, settled and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flowexport.core.errors import (
+    FlowExportError,
+    InputError,
+    RecipeError,
+    UnavailableError,
+    UnknownNameError,
+)
+from flowexport.core.types import Availability, Options, Precision, TensorSpec
+from flowexport.recipes import Recipe, Weights
+from flowexport.registry import TARGETS
+from flowexport.resolve import Subject, find_recipe, resolve
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One conversion.
+
+    Attributes:
+        options: what will be converted, by target.
+        not_run: targets of the recipe that cannot be converted here, with the reason.
+    """
+
+    recipe: Recipe
+    subject: Subject
+    out: Path
+    options: Mapping[str, Options]
+    not_run: Mapping[str, Availability]
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as ``convert --dry-run --json`` prints it."""
+        spec = self.subject.spec
+        return {
+            "recipe": self.recipe.name,
+            "recipe_sha256": self.subject.recipe_sha256,
+            "model": str(self.recipe.model),
+            "parameters": self.subject.parameters,
+            "weights_sha256": self.subject.weights_sha256,
+            "inputs": [s.to_json() for s in spec.inputs],
+            "outputs": list(spec.output_names),
+            "dataset": self.subject.dataset and self.subject.dataset.name,
+            "out": str(self.out),
+            "targets": {
+                name: {
+                    "precision": o.precision.value,
+                    "options": dict(o.extra),
+                    "tolerance": dict(self.recipe.tolerance(name, o.precision)),
+                }
+                for name, o in self.options.items()
+            },
+            "not_run": {n: {"reason": a.reason, "fix": a.fix} for n, a in self.not_run.items()},
+        }
+
+
+def make_plan(
+    source: str | Path | Recipe,
+    *,
+    targets: Sequence[str] = (),
+    precision: str | Precision | None = None,
+    weights: str | Path | None = None,
+    inputs: Sequence[TensorSpec] = (),
+    out: str | Path | None = None,
+    threads: int | None = None,
+    require: Sequence[str] = (),
+) -> Plan:
+    """Settle what will be converted, and build the model.
+
+    Raises:
+        FlowExportError: whatever is wrong with the recipe, the names, the weights
+            or the shapes; UnavailableError for a target asked for by ``targets``
+            or ``require`` that cannot be converted here.
+    """
+    for name in (*targets, *require):
+        if name not in TARGETS.names():
+            raise UnknownNameError("target", name, TARGETS.names())
+    if precision is not None and precision not in list(Precision):
+        raise UnknownNameError("precision", str(precision), [p.value for p in Precision])
+    if threads is not None and threads < 1:
+        raise InputError(f"threads: has {threads}; expected 1 or more.")
+    recipe = _override(find_recipe(source), precision, weights, inputs)
+    # --target asks for the named ones; --require adds to what the recipe has.
+    chosen = list(dict.fromkeys([*(targets or recipe.targets or TARGETS.names()), *require]))
+    options: dict[str, Options] = {}
+    not_run: dict[str, Availability] = {}
+    for name in chosen:
+        availability = _check_target(recipe, name)
+        if availability.converts:
+            options[name] = recipe.options(name)
+        elif name in targets or name in require:
+            raise UnavailableError(
+                f"convert {name} {recipe.name}: the target is not available:"
+                f" {(availability.reason or 'no reason given').rstrip('.')}.",
+                fix=availability.fix,
+            )
+        else:
+            not_run[name] = availability
+    if not options:
+        reasons = "; ".join(f"{n}: {(a.reason or '').rstrip('.')}" for n, a in not_run.items())
+        raise UnavailableError(
+            f"convert {recipe.name}: no target is available ({reasons}).",
+            fix="`flowexport doctor` shows what mends each",
+        )
+    return Plan(
+        recipe=recipe,
+        subject=resolve(recipe),
+        out=(Path(out) if out is not None else Path("out") / recipe.name).absolute(),
+        options=options,
+        not_run=not_run,
+        threads=threads or recipe.bench.threads,
+    )
+
+
+def _override(
+    recipe: Recipe,
+    precision: str | Precision | None,
+    weights: str | Path | None,
+    inputs: Sequence[TensorSpec],
+) -> Recipe:
+    if precision is not None:
+        recipe = recipe.with_precision(Precision(precision))
+    if weights is not None:
+        recipe = replace(recipe, weights=Weights(file=Path(weights).absolute()))
+    if inputs:
+        names = [s.name for s in inputs]
+        twice = {n for n in names if names.count(n) > 1}
+        if twice:
+            raise InputError(f"input {twice.pop()}: is given twice; expected one shape an input.")
+        kept = [s for s in recipe.inputs or () if s.name not in names]
+        recipe = replace(recipe, inputs=(*kept, *inputs))
+    return recipe
+
+
+def _check_target(recipe: Recipe, name: str) -> Availability:
+    """Refuse what the target does not support; say whether it can be converted here."""
+    try:
+        target = TARGETS.get(name)
+    except UnavailableError as error:
+        return Availability(False, False, reason=error.message, fix=error.fix)
+    options = recipe.options(name)
+    where = recipe.where("targets", name)
+    if options.precision not in target.precisions:
+        supported = ", ".join(p.value for p in target.precisions)
+        raise InputError(
+            f"{where}: target {name} has precision {options.precision.value};"
+            f" expected one of: {supported}.",
+            fix=f"--precision {target.precisions[0].value}",
+        )
+    try:
+        target.validate(options)
+    except FlowExportError as error:
+        raise RecipeError(f"{where}: {error.message}", fix=error.fix) from error
+    recipe.tolerance(name, options.precision)
+    return target.probe()
