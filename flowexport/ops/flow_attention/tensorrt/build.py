@@ -1,0 +1,142 @@
+"""Compile the kernel: for NVIDIA GPUs with nvcc, for the host with a C++ compiler.
+
+One source serves both. The CUDA build holds machine code for every compute
+capability asked for, so nothing is compiled on the user's GPU; the host build
+executes the same blocks, tiles and reductions on the CPU and is what the tests
+check against float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowexport.core.errors import InputError, UnavailableError
+
+SOURCE = Path(__file__).with_name("cuda")
+ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "120")
+"""Compute capabilities the kernel is compiled for: 87 is Jetson Orin, 90 is Hopper."""
+
+_HOST_FLAGS = ("-O2", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing")
+_NVCC_FLAGS = ("-O3", "--expt-relaxed-constexpr", "-Xptxas", "-warn-spills")
+
+
+def source_hash() -> str:
+    """Return the SHA-256 of the kernel's source files, names included."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCE.iterdir()):
+        if path.suffix in (".h", ".cu"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def cache_dir() -> Path:
+    """Return the folder of compiled kernels: ``$FLOWEXPORT_CACHE`` or the user's cache."""
+    root = os.environ.get("FLOWEXPORT_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    return Path(root or Path.home() / ".cache") / "flowexport" / "kernels"
+
+
+def _tool(names: Sequence[str | None], what: str, fix: str) -> str:
+    for name in names:
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise UnavailableError(f"kernel: no {what} on PATH; expected one.", fix=fix)
+
+
+def nvcc() -> str:
+    """Return the path of nvcc.
+
+    Raises:
+        UnavailableError: there is none on PATH, in ``$CUDACXX`` or ``$CUDA_HOME/bin``.
+    """
+    home = os.environ.get("CUDA_HOME")
+    return _tool(
+        (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc" if home else None),
+        "nvcc",
+        "install the CUDA toolkit (12.8 or later for compute capability 12.0) and set CUDACXX",
+    )
+
+
+def _compile(command: Sequence[str], output: Path) -> Path:
+    """Run a compiler into a temporary name, then move the result: never a half-written file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=output.parent, prefix=".partial-", suffix=output.suffix)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        done = subprocess.run([*command, "-o", name], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or [
+                done.stderr.strip()[-500:]
+            ]
+            raise UnavailableError(
+                f"kernel: {Path(command[0]).name} returned {done.returncode}: {lines[0]}",
+                fix="compile with a supported compiler: CUDA 12.8 or later, or g++ 12 or later",
+            )
+        partial.chmod(0o755)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return output
+
+
+def build_host(folder: Path | None = None, *, reverse: bool = False) -> Path:
+    """Compile the host library and return its path; an up-to-date one is kept.
+
+    Args:
+        folder: where to put it; the cache by default.
+        reverse: run the threads of each phase in reverse order.
+
+    Raises:
+        UnavailableError: no C++ compiler, or it refuses the source.
+    """
+    compiler = _tool((os.environ.get("CXX"), "g++"), "C++ compiler", "install g++ 12 or later")
+    order = "-reverse" if reverse else ""
+    output = (folder or cache_dir()) / f"flow_attention-host{order}-{source_hash()[:16]}.so"
+    if output.exists():
+        return output
+    extra = ["-DFLOWEXPORT_HOST_REVERSE"] if reverse else []
+    return _compile(
+        [compiler, "-std=c++17", *_HOST_FLAGS, *extra, "-shared", "-fPIC", "-fvisibility=hidden"]
+        + ["-Wno-unknown-pragmas", "-x", "c++", str(SOURCE / "launch.cu")],
+        output,
+    )
+
+
+def build_cuda(architectures: Sequence[str] = ARCHITECTURES, folder: Path | None = None) -> Path:
+    """Compile the CUDA library for the given compute capabilities and return its path.
+
+    It holds machine code for each and PTX of the highest, links the CUDA
+    runtime statically and needs only the driver where it runs.
+
+    Args:
+        architectures: compute capabilities without the dot, as ``("80", "90")``.
+        folder: where to put it; the cache by default.
+
+    Raises:
+        InputError: an architecture that is no number.
+        UnavailableError: no nvcc, or it refuses the source or an architecture.
+    """
+    wanted = sorted(set(architectures), key=lambda cc: (len(cc), cc))
+    if not wanted or not all(cc.isdigit() and 2 <= len(cc) <= 3 for cc in wanted):
+        raise InputError(
+            f"kernel: compute capabilities are {list(architectures)}; expected numbers as 80, 120."
+        )
+    output = (folder or cache_dir()) / (
+        f"flow_attention-sm{'_'.join(wanted)}-{source_hash()[:16]}.so"
+    )
+    if output.exists():
+        return output
+    code = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in wanted]
+    code.append(f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}")
+    return _compile(
+        [nvcc(), "-std=c++17", *_NVCC_FLAGS, *code, "-shared", "-cudart", "static"]
+        + ["-Xcompiler", "-fPIC,-fvisibility=hidden", str(SOURCE / "launch.cu")],
+        output,
+    )
