@@ -103,31 +103,26 @@ def write_model(model: Any, path: Path, metadata: Mapping[str, bytes]) -> None:
 
 
 def signature(model: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Return the first signature's inputs and outputs."""
-    chosen = model.signatureDefs[0]
-    tensors = model.subgraphs[chosen.subgraphIndex].tensors
-
-    def specs(entries: Any) -> list[TensorSpec]:
-        return [
-            TensorSpec(
-                e.name.decode(), _shape(tensors[e.tensorIndex]), _dtype(tensors[e.tensorIndex])
-            )
-            for e in entries
-        ]
-
-    return specs(chosen.inputs), specs(chosen.outputs)
-
-
-def subgraph_names(model: Any) -> tuple[list[str], list[str]]:
-    """Return the signature's names in the order of the subgraph's inputs and outputs."""
+    """Return the first signature's inputs and outputs, in the order of the subgraph's."""
     chosen = model.signatureDefs[0]
     graph = model.subgraphs[chosen.subgraphIndex]
-    names_in = {e.tensorIndex: e.name.decode() for e in chosen.inputs}
-    names_out = {e.tensorIndex: e.name.decode() for e in chosen.outputs}
-    return (
-        [names_in.get(int(i), "") for i in graph.inputs],
-        [names_out.get(int(i), "") for i in graph.outputs],
-    )
+
+    def specs(entries: Any, order: Any) -> list[TensorSpec]:
+        names = {int(e.tensorIndex): e.name.decode() for e in entries}
+        return [
+            TensorSpec(names[int(i)], _shape(graph.tensors[i]), _dtype(graph.tensors[i]))
+            for i in order
+        ]
+
+    return specs(chosen.inputs, graph.inputs), specs(chosen.outputs, graph.outputs)
+
+
+def names_files(model: Any, buffer_name: str, file_name: str) -> bool:
+    """Return whether a metadata buffer names a file that should follow the flatbuffer."""
+    for entry in model.metadata or []:
+        if entry.name == buffer_name.encode():
+            return file_name.encode() in bytes(model.buffers[entry.buffer].data)
+    return False
 
 
 def operator_counts(model: Any) -> dict[str, int]:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from flowexport.core.errors import ConversionError, UnavailableError
+from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Availability, Options, Precision, Session, TensorSpec
 from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
@@ -146,6 +146,11 @@ class TFLiteTarget:
         inputs, outputs = flatbuffer.signature(model)
         operators = flatbuffer.operator_counts(model)
         header, labels = metadata.read_files(path)
+        if flatbuffer.names_files(model, metadata.BUFFER_NAME, metadata.HEADER_FILE) and not header:
+            raise InputError(
+                f"inspect tflite: {path} has lost the files behind its flatbuffer (truncated).",
+                fix="convert it again",
+            )
         return {
             "inputs": [s.to_json() for s in inputs],
             "outputs": [s.to_json() for s in outputs],
@@ -160,10 +165,13 @@ class TFLiteTarget:
     def _describe(self, path: Path, program: LoweredProgram, header: dict[str, Any]) -> None:
         """Rewrite the file with its metadata inside and the labels behind it."""
         model = flatbuffer.read_model(path)
-        inputs, outputs = flatbuffer.subgraph_names(model)
-        last = program.outputs[0].name if program.labels else None
+        inputs, outputs = flatbuffer.signature(model)
         described = metadata.metadata_buffer(
-            program.model, f"{program.model}, made by flowexport", inputs, outputs, last
+            program.model,
+            f"{program.model}, made by flowexport",
+            [s.name for s in inputs],
+            [s.name for s in outputs],
+            labelled=program.outputs[0].name if program.labels else None,
         )
         temporary = path.with_suffix(".partial")
         flatbuffer.write_model(model, temporary, {metadata.BUFFER_NAME: described})
