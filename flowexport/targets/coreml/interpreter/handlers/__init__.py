@@ -1,0 +1,25 @@
+"""Every operator that the interpreter knows: MIL name -> handler, one file a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from flowexport.targets.coreml.interpreter.handlers import (
+    activation,
+    elementwise,
+    linear,
+    model,
+    reduction,
+    shape,
+)
+from flowexport.targets.coreml.interpreter.handlers._values import TORCH_TYPES, Handler
+from flowexport.targets.coreml.interpreter.handlers.model import CONSTEXPR, StateCell
+
+_KINDS = (elementwise, reduction, shape, linear, activation, model)
+
+HANDLERS: Mapping[str, Handler] = MappingProxyType(
+    {name: handler for kind in _KINDS for name, handler in kind.HANDLERS.items()}
+)
+
+__all__ = ["CONSTEXPR", "HANDLERS", "TORCH_TYPES", "Handler", "StateCell"]

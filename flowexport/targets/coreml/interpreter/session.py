@@ -1,0 +1,84 @@
+"""The session of the ``coreml`` target wherever macOS is absent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import numpy as np
+
+from flowexport.core.types import Artifact, RuntimeInfo, Session
+from flowexport.targets.coreml.interpreter.arithmetic import Mode
+from flowexport.targets.coreml.interpreter.machine import Interpreter, Progress
+from flowexport.targets.coreml.interpreter.stats import OperatorStat, operator_stats
+
+
+class InterpreterSession(Session):
+    """Executes a saved .mlpackage on Linux by the reference interpreter.
+
+    Its numbers are those of the stored program, not of a device: neither the
+    accumulators nor the flushing of a particular chip are known here.
+
+    Args:
+        artifact: of the ``coreml`` target; its ``path`` is the .mlpackage.
+        mode: ``exact``, ``fp16``, ``ftz`` or ``acc16``, see :class:`Mode`.
+        function: of a multifunction package; None takes the default one.
+        progress: called after every operator of every run.
+        module_paths: PyTorch module path of results by name, for messages.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        mode: Mode | str = Mode.EXACT,
+        function: str | None = None,
+        *,
+        progress: Progress | None = None,
+        module_paths: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(artifact)
+        self.interpreter = Interpreter(
+            artifact.path,
+            mode=mode,
+            function=function,
+            module_paths=module_paths,
+            model=artifact.model,
+        )
+        self._progress = progress
+        self._states = self.interpreter.new_states()
+
+    @property
+    def info(self) -> RuntimeInfo:
+        import torch
+
+        return RuntimeInfo(
+            name="coreml-interpreter",
+            version=version("flowexport"),
+            threads=torch.get_num_threads(),
+            execution="interpreted",
+            details={
+                "mode": self.interpreter.mode.value,
+                "function": self.interpreter.function_name,
+                "coremltools": version("coremltools"),
+                "torch": version("torch"),
+                "note": "interpreted, not run on a device",
+            },
+        )
+
+    def reset_states(self) -> None:
+        """Set every state to zeros, as a new ``MLState`` on a device."""
+        self._states = self.interpreter.new_states()
+
+    def operator_stats(self, feeds: Mapping[str, np.ndarray]) -> list[OperatorStat]:
+        """Run once and describe every float result: peak, subnormals, rank."""
+        return operator_stats(self.interpreter.run_with_values(feeds))
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        results = self.interpreter.run(feeds, states=self._states, progress=self._progress)
+        # A classifier's dictionary is in label order, which is the program's own.
+        return {
+            name: np.asarray(list(value.values()), dtype=np.float32)
+            if isinstance(value, dict)
+            else np.asarray(value)
+            for name, value in results.items()
+        }
