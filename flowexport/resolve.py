@@ -12,7 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowexport.core.errors import CheckpointError, InputError, UnknownNameError
+from flowexport.core.errors import (
+    CheckpointError,
+    FlowExportError,
+    InputError,
+    RecipeError,
+    UnknownNameError,
+)
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Dataset, ModelSpec, TensorSpec
 from flowexport.recipes import ModelRef, Recipe, hash_json, load_recipe, parse_model
@@ -137,9 +143,13 @@ def _build(recipe: Recipe) -> tuple[ModelSpec, nn.Module]:
             )
         return ModelSpec(recipe.name, None, recipe.inputs, recipe.outputs or ()), module
     if model.family is not None:
-        from flowexport_models import spec_of
+        from flowexport_models import build_spec
 
-        spec = replace(spec_of(model.family, **model.config), name=recipe.name)
+        try:
+            spec = replace(build_spec(model.family, **model.config), name=recipe.name)
+        except FlowExportError as error:
+            where = recipe.where("model", "config")
+            raise RecipeError(f"{where}: {error.message}", fix=error.fix) from error
     else:
         spec = MODELS.get(str(model.name), where=recipe.where("model"))
     return spec, spec.build()

@@ -53,7 +53,8 @@ def run(arguments: Sequence[str]) -> int:
         except KeyboardInterrupt:
             return _interrupted(wants_json)
         except TyperException as error:  # a usage error
-            text = getattr(error, "format_message", lambda: str(error))()
+            say = getattr(error, "format_message", None)
+            text = say() if say else str(error)
             return _fail(wants_json, text, None, EXIT_USAGE, "UsageError")
         except FlowExportError as error:
             notes = "\n".join(getattr(error, "__notes__", ()))
