@@ -1,0 +1,68 @@
+"""The published JSON Schemas of a bundle's documents."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flowexport.core.errors import BundleError, UnknownNameError
+
+FOLDER = Path(__file__).parent / "schemas"
+SCHEMAS = ("manifest", "report")
+
+
+@cache
+def load_schema(name: str) -> dict[str, Any]:
+    """Return a published schema by its name; raises UnknownNameError."""
+    if name not in SCHEMAS:
+        raise UnknownNameError("schema", name, SCHEMAS)
+    loaded: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def validate(document: Mapping[str, Any], schema_name: str) -> None:
+    """Check a document against a published schema.
+
+    Args:
+        schema_name: ``manifest`` or ``report``.
+
+    Raises:
+        BundleError: names the first wrong key, what it has and what is expected.
+    """
+    from jsonschema import Draft202012Validator
+
+    schema = load_schema(schema_name)
+    errors = list(Draft202012Validator(schema).iter_errors(document))
+    if errors:
+        first = min(errors, key=lambda e: (len(e.absolute_path), str(e.json_path)))
+        where = ".".join(str(p) for p in first.absolute_path) or "document"
+        message = first.message if len(first.message) < 300 else f"{first.message[:300]}…"
+        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise BundleError(
+            f"validate {schema_name}: {where} does not follow {schema['$id']}: {message}.{more}"
+        )
+    place = _not_finite(document)
+    if place is not None:
+        raise BundleError(
+            f"validate {schema_name}: {place} is not finite; expected a number or null."
+        )
+
+
+def _not_finite(value: Any, place: str = "document") -> str | None:
+    """Return the place of a NaN or infinity, which JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return place
+    children: Any = ()
+    if isinstance(value, Mapping):
+        children = value.items()
+    elif isinstance(value, (list, tuple)):
+        children = enumerate(value)
+    for key, child in children:
+        found = _not_finite(child, f"{place}.{key}")
+        if found is not None:
+            return found
+    return None
