@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from flowexport.core.errors import LoweringError
+from flowexport.core.errors import InputError, LoweringError
 from flowexport.core.types import Precision, TensorSpec
+from flowexport.lowering.passes import after_decomposition, before_decomposition, clean
 from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite, Choice
 
 _TORCH_DTYPES = {
@@ -163,6 +164,7 @@ def lower(
             f"lower {name}: torch.export refused the model: {_first_line(error)}",
             fix="make forward free of data-dependent control flow, or fix the input shapes",
         ) from error
+    exported = clean(exported)
     values = _output_values(exported)
     if len(values) != len(output_names):
         raise LoweringError(
@@ -230,38 +232,51 @@ def decompose(
     Raises:
         LoweringError: the pinned form does not exist, or a node is left.
     """
-    choices: list[Choice] = []
-    table: dict[Any, Callable[..., Any]] = {}
-    for op in ops:
-        queue = [s for s in program.attentions if s.op == op.name]
-        if not queue:
-            continue
+    by_name = {op.name: op for op in ops}
+    sites = [s for s in program.attentions if s.op in by_name]
+    choices = []
+    for site in sites:
+        op = by_name[site.op]
         if pinned is not None and pinned not in op.forms:
             raise LoweringError(
                 f"lower {target} {program.model}: form is {pinned!r};"
                 f" expected one of {sorted(op.forms)}."
             )
-        planned = [
+        choices.append(
             Choice(pinned, "pinned by the recipe")
             if pinned
             else op.choose(target, program.precision.value, site)
-            for site in queue
-        ]
-        choices += planned
-        remaining = iter(planned)
+        )
+    exported, misses = before_decomposition(
+        program.exported, [op.overload for op in ops], [c.form for c in choices]
+    )
+    table: dict[Any, Callable[..., Any]] = {}
+    for op in ops:
+        forms = [c.form for s, c in zip(sites, choices, strict=True) if s.op == op.name]
 
         def in_chosen_form(
             *args: Any,
             _forms: Mapping[str, Callable[..., Any]] = op.forms,
-            _remaining: Any = remaining,
+            _remaining: Any = iter(forms),  # noqa: B008 - one iterator an operator is meant
         ) -> Any:
-            return _forms[next(_remaining).form](*args)
+            return _forms[next(_remaining)](*args)
 
         table[op.overload] = in_chosen_form
-    exported = program.exported.run_decompositions(table)
+    try:
+        exported = after_decomposition(exported.run_decompositions(table))
+    except InputError as error:  # the pinned form is not one for this variant
+        raise LoweringError(
+            f"lower {target} {program.model}: {error.message}", fix=error.fix
+        ) from error
     if left := find_attentions(exported, ops):
         raise LoweringError(f"lower {target} {program.model}: {left[0].module_path} was kept.")
-    return replace(program, exported=exported, attentions=()), tuple(choices)
+    told = tuple(
+        c
+        if m is None
+        else replace(c, reason=f"{c.reason}; projections kept: {m.reason} ({m.node})")
+        for c, m in zip(choices, misses, strict=True)
+    )
+    return replace(program, exported=exported, attentions=()), told
 
 
 def module_path(node: torch.fx.Node) -> str:

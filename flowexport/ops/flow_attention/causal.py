@@ -38,9 +38,8 @@ def _prepare(
             f"flow attention: form {form} has a non-causal variant; expected a causal one.",
             fix="choose a non-causal form: channel_first, token_major or means",
         )
-    q, k = feature_map(q, variant), feature_map(k, variant)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return q, k, v, variant
+    return feature_map(q, variant), feature_map(k, variant), v, variant
 
 
 def causal_triangular(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
@@ -80,7 +79,7 @@ def exclusive_prefix(x: Tensor) -> Tensor:
     A strictly lower-triangular product over G; beyond 64 chunks in two levels,
     so the triangles grow as G^½ blocks of 64, not as G².
     """
-    groups, count = x.shape[0], x.shape[1]
+    count = x.shape[1]
     flat = x.flatten(2)  # (BH, G, RC)
     if count <= CHUNK:
         return _triangle(count, x).matmul(flat).unflatten(2, x.shape[2:])

@@ -26,6 +26,7 @@ from flowexport.ops.flow_attention.noncausal import (
     token_count,
     weights,
 )
+from flowexport.ops.flow_attention.reference import feature_map
 
 # A sum of this many halves of similar size keeps ten bits even in a half accumulator.
 LONGEST_SUM = 64
@@ -119,8 +120,9 @@ def means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
 
     Args and Returns: as :func:`channel_first`.
     """
-    q, k, variant = prepare(q, k, v, arguments, "means")
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    variant = prepare(q, k, v, arguments, "means")
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    q, k = feature_map(q, variant), feature_map(k, variant)
     eps, outer = variant.eps, variant.outer_eps
     sources = k.shape[2]
     if variant.flow_axis == "tokens":

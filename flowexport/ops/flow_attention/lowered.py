@@ -28,6 +28,8 @@ FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
         "published": published,
         "channel_first": channel_first,
+        # The same mathematics; lowering computes q, k, v as W xᵀ + b where it can.
+        "channel_first_projected": channel_first,
         "token_major": token_major,
         "means": means,
         "causal_chunked": causal_chunked,

@@ -24,10 +24,8 @@ from flowexport.ops.flow_attention.reference import check_inputs, feature_map
 from flowexport.ops.flow_attention.variant import FlowVariant
 
 
-def prepare(
-    q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...], form: str
-) -> tuple[Tensor, Tensor, FlowVariant]:
-    """Check the inputs and return φ(q), φ(k) and the variant.
+def prepare(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...], form: str) -> FlowVariant:
+    """Check the inputs and return the variant.
 
     Raises:
         InputError: the tensors do not fit, or the variant is causal.
@@ -39,7 +37,7 @@ def prepare(
             f"flow attention: form {form} has a causal variant; expected a non-causal one.",
             fix="choose a causal form: causal_chunked or causal_triangular",
         )
-    return feature_map(q, variant), feature_map(k, variant), variant
+    return variant
 
 
 def token_count(x: Tensor, axis: int) -> float | Tensor:
@@ -92,8 +90,9 @@ def channel_first(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     Returns:
         (B, L, H, M).
     """
-    q, k, variant = prepare(q, k, v, arguments, "channel_first")
+    variant = prepare(q, k, v, arguments, "channel_first")
     q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))
+    q, k = feature_map(q, variant), feature_map(k, variant)
     eps, outer = variant.eps, variant.outer_eps
     one = q.new_ones(1)
 
@@ -133,8 +132,9 @@ def token_major(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
 
     Exact, as :func:`channel_first`, whose arguments and result it shares.
     """
-    q, k, variant = prepare(q, k, v, arguments, "token_major")
+    variant = prepare(q, k, v, arguments, "token_major")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k = feature_map(q, variant), feature_map(k, variant)
     eps, outer = variant.eps, variant.outer_eps
     one = q.new_ones(1)
 
