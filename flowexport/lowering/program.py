@@ -270,12 +270,7 @@ def decompose(
         ) from error
     if left := find_attentions(exported, ops):
         raise LoweringError(f"lower {target} {program.model}: {left[0].module_path} was kept.")
-    told = tuple(
-        c
-        if m is None
-        else replace(c, reason=f"{c.reason}; projections kept: {m.reason} ({m.node})")
-        for c, m in zip(choices, misses, strict=True)
-    )
+    told = tuple(c.told(m) for c, m in zip(choices, misses, strict=True))
     return replace(program, exported=exported, attentions=()), told
 
 

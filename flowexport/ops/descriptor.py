@@ -32,6 +32,10 @@ class Choice:
     form: str
     reason: str
 
+    def told(self, miss: object | None) -> Choice:
+        """Return the choice with what a pass could not match, if anything, in its reason."""
+        return self if miss is None else Choice(self.form, f"{self.reason}; as written: {miss}")
+
 
 @dataclass(frozen=True)
 class AttentionDescriptor:

@@ -17,6 +17,7 @@ from flowexport.ops.flow_attention.half import means
 from flowexport.ops.flow_attention.noncausal import channel_first, token_major
 from flowexport.ops.flow_attention.op import _flow_attention, variant_of
 from flowexport.ops.flow_attention.reference import flow_attention_reference
+from flowexport.ops.flow_attention.variant import FlowVariant
 
 
 def published(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
@@ -36,6 +37,15 @@ FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "causal_triangular": causal_triangular,
     }
 )
+
+
+def applicable(variant: FlowVariant) -> tuple[str, ...]:
+    """Return the forms that compute this variant."""
+    return tuple(
+        name
+        for name in FORMS
+        if name == "published" or name.startswith("causal_") == variant.causal
+    )
 
 
 def choose(target: str, precision: str, site: AttentionSite) -> Choice:

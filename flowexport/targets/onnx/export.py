@@ -13,6 +13,7 @@ from torch import Tensor
 from flowexport.core.errors import ConversionError, LoweringError
 from flowexport.core.types import Precision
 from flowexport.lowering import LoweredProgram, decompose
+from flowexport.lowering.passes import before_decomposition
 from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite, Choice
 from flowexport.targets.onnx.function import (
     DOMAIN,
@@ -77,6 +78,10 @@ def export(
     kept = [site for site in program.attentions if site.op in by_name]
     choices = tuple(_choose(by_name[site.op], site, program, pinned) for site in kept)
     if kept:
+        exported, misses = before_decomposition(
+            exported, [op.overload for op in fused], [c.form for c in choices]
+        )
+        choices = tuple(c.told(m) for c, m in zip(choices, misses, strict=True))
         exported = exported.run_decompositions({op.overload: _symbolic(op) for op in fused})
     model = _to_onnx(exported, program, opset)
     nodes = [n for n in model.graph.node if n.domain == DOMAIN]
@@ -85,15 +90,26 @@ def export(
             f"convert onnx {program.model}: the exporter kept {len(nodes)} attention nodes;"
             f" expected {len(kept)}."
         )
+    names = {n.name for n in model.graph.node}
     library = _Functions(_DTYPES[program.precision], opset)
     for node, site, choice in zip(nodes, kept, choices, strict=True):
-        node.name = site.module_path or node.name
+        node.name = _unused(site.module_path or node.name, names)
         node.overload = library.overload(by_name[site.op], site, choice.form)
         suffix = f":{node.overload}" if node.overload else ""
         function = f"{DOMAIN}::{site.op}{suffix}"
         report.append(SiteForm(site.module_path, site.op, choice.form, choice.reason, function))
     model.functions.extend(library.functions)
     return model, tuple(report)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """Return a node name of its own: a module may be called twice, ORT wants names once."""
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}.{count}"
+    taken.add(candidate)
+    return candidate
 
 
 class _Functions:
