@@ -9,14 +9,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from flowexport.core.errors import InputError, UnknownNameError
-from flowexport.core.types import ModelSpec, TensorSpec
 from flowexport_models.data import (
     DIGITS_LABELS,
     DIGITS_PREPROCESSING,
     JAPANESE_VOWELS_LABELS,
     JAPANESE_VOWELS_PREPROCESSING,
 )
+
+from flowexport.core.errors import InputError, UnknownNameError
+from flowexport.core.types import ModelSpec, TensorSpec
 
 WEIGHTS = Path(__file__).parent / "weights"
 PAPER = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def _read_torch(path: Path) -> Any:
     # Training scripts (DeiT's and those after it) save their argparse settings beside the
     # weights; a Namespace is a bag of values and runs nothing.
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an odd pickle protocol; refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # any byte of the file may be wrong; torch raises many kinds
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
@@ -158,5 +160,6 @@ def _size(tensor: Tensor) -> str:
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    chosen = next((line for line in lines if "GLOBAL" in line), lines[0] if lines else "no data")
+    telling = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    chosen = (telling or lines or ["no data"])[0]
     return f"{type(error).__name__}: {chosen[:200]}"

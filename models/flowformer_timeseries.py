@@ -15,12 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from flowexport.core.errors import InputError
-from flowexport.core.types import TensorSpec
-from flowexport.ops.flow_attention import VARIANTS
 from flowexport_models.attention import FlowAttention
 from flowexport_models.config import (
     check_choice,
@@ -29,6 +23,12 @@ from flowexport_models.config import (
     check_number,
     clamp_bounds,
 )
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowexport.core.errors import InputError
+from flowexport.core.types import TensorSpec
+from flowexport.ops.flow_attention import VARIANTS
 
 FAMILY = "flowformer-timeseries"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}

@@ -12,11 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from flowexport.core.errors import InputError
-from flowexport.core.types import TensorSpec
-from flowexport.ops.flow_attention import VARIANTS
 from flowexport_models.attention import FusedFlowAttention
 from flowexport_models.config import (
     check_heads,
@@ -25,6 +20,11 @@ from flowexport_models.config import (
     check_number,
     clamp_bounds,
 )
+from torch import Tensor, nn
+
+from flowexport.core.errors import InputError
+from flowexport.core.types import TensorSpec
+from flowexport.ops.flow_attention import VARIANTS
 
 FAMILY = "flowformer-vision"
 

@@ -15,15 +15,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from flowexport_models.catalog import MODELS
+from flowexport_models.checkpoint import load_weights
+from flowexport_models.data import DATASETS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowexport.core.errors import EXIT_INTERRUPTED, FlowExportError, OutputError, UnknownNameError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Dataset
-from flowexport_models.catalog import MODELS
-from flowexport_models.checkpoint import load_weights
-from flowexport_models.data import DATASETS
 
 
 @dataclass(frozen=True)

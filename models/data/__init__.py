@@ -35,7 +35,7 @@ DIGITS_SIZE = 32
 DIGITS_LABELS = tuple(str(i) for i in range(10))
 DIGITS_ATTRIBUTION = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin, C. Kaynak, UCI Machine Learning"
-    " Repository, doi.org/10.24432/C50P49, CC BY 4.0; the 1797 images of scikit-learn's load_digits."
+    " Repository, doi.org/10.24432/C50P49, CC BY 4.0; the images of scikit-learn's load_digits."
 )
 DIGITS_PREPROCESSING = MappingProxyType(
     {
@@ -44,7 +44,7 @@ DIGITS_PREPROCESSING = MappingProxyType(
         "range": [0.0, 1.0],
         "source_size": [8, 8],
         "size": [DIGITS_SIZE, DIGITS_SIZE],
-        "resize": "bilinear, half-pixel centres (align_corners=False), edges repeated, no antialias",
+        "resize": "bilinear, half-pixel centres (align_corners=False), edges repeated",
         "mean": [0.0],
         "std": [1.0],
     }
@@ -66,7 +66,9 @@ def pad_series(steps: np.ndarray, lengths: np.ndarray, size: int) -> dict[str, n
         InputError: a series is longer than ``size``.
     """
     if lengths.max(initial=0) > size:
-        raise InputError(f"pad series: a series has {lengths.max()} steps; expected at most {size}.")
+        raise InputError(
+            f"pad series: a series has {lengths.max()} steps; expected at most {size}."
+        )
     mask = np.arange(size)[None, :] < lengths[:, None]
     x = np.zeros((*mask.shape, steps.shape[1]), np.float32)
     x[mask] = steps

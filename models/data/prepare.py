@@ -1,8 +1,8 @@
 """Make the shipped data files again from their sources.
 
-    pip download --no-deps aeon
-    python -m flowexport_models.data.prepare japanese-vowels --wheel aeon-1.6.0-py3-none-any.whl
-    python -m flowexport_models.data.prepare digits
+pip download --no-deps aeon
+python -m flowexport_models.data.prepare japanese-vowels --wheel aeon-1.6.0-py3-none-any.whl
+python -m flowexport_models.data.prepare digits
 """
 
 from __future__ import annotations
