@@ -49,10 +49,7 @@ def squeeze(math: Arithmetic, *, x: Tensor, axes: Tensor | None = None) -> Tenso
 def concat(
     math: Arithmetic, *, values: tuple[Tensor, ...], axis: Tensor, interleave: Tensor
 ) -> Tensor:
-    if bool(interleave):
-        return torch.stack(values, int(axis) % values[0].dim() + 1).flatten(
-            int(axis) % values[0].dim(), int(axis) % values[0].dim() + 1
-        )
+    require(not bool(interleave), "concat with interleave; expected none")
     return torch.cat(values, int(axis))
 
 
