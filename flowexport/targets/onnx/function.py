@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flowexport.core.errors import ConversionError
+from flowexport.core.errors import ConversionError, FlowExportError
 from flowexport.ops.descriptor import AttentionSite
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def body_of_this_size(
 
     Raises:
         ConversionError: ``torch.export`` refused the form.
+        FlowExportError: the form does not serve the site's variant.
     """
     names = {d for s in (site.q_shape, site.k_shape, site.v_shape) for d in s if isinstance(d, str)}
     dims = {name: torch.export.Dim(f"d{i}") for i, name in enumerate(sorted(names))}
@@ -78,6 +79,8 @@ def body_of_this_size(
             exported = torch.export.export(
                 _Form(form, site.arguments), tuple(example), dynamic_shapes=tuple(dynamic)
             )
+    except FlowExportError:
+        raise
     except Exception as error:
         raise ConversionError(
             f"convert onnx {site.module_path}: torch.export refused the attention's form:"
