@@ -39,7 +39,7 @@ def closeness(cosine: float | None) -> str:
     if cosine is None:
         return DASH
     gap = 1 - cosine
-    if gap <= 0:
+    if gap < 1e-12:  # beyond what sums in float64 can tell
         return "1"
     return f"1 − {number(gap)}" if gap < 1e-4 else f"{cosine:.5f}"
 

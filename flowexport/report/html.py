@@ -40,6 +40,6 @@ def render_html(manifest: Mapping[str, Any], document: Mapping[str, Any]) -> str
         "words": fmt.words,
     }
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html").render(
         page=page(manifest, document), style=Markup(style)
     )

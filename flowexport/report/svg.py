@@ -36,11 +36,11 @@ class Axis:
 
     def ticks(self) -> list[float]:
         if self.log:
-            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-            step = max(1, round((last - first) / 5))
-            ticks = [10.0**e for e in range(first, last + 1, step)]
-            if len(ticks) >= 2:
-                return ticks
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            steps = (1, 2, 5) if last - first <= 3 else (1,)
+            every = max(1, round((last - first) / 6))
+            ticks = [m * 10.0**e for e in range(first, last + 1, every) for m in steps]
+            return [t for t in ticks if self.low <= t <= self.high]
         raw = (self.high - self.low) / 4
         size = 10 ** math.floor(math.log10(raw))
         step_size = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw)
@@ -80,9 +80,13 @@ def grid(axis: Axis) -> str:
 
 def axis_row(axis: Axis, unit: str = "") -> str:
     """Return the tick labels below the rows."""
-    labels = []
+    labels: list[str] = []
+    last = -math.inf
     for tick in axis.ticks():
         x = axis.at(tick)
+        if x - last < 16:  # labels would touch on a phone
+            continue
+        last = x
         anchor = "start" if x < 4 else "end" if x > 96 else "middle"
         labels.append(
             f'<text class="tick" x="{x}%" y="13" text-anchor="{anchor}">'
@@ -149,8 +153,7 @@ def _row(body: str, height: int, label: str) -> str:
 
 
 def _tick(value: float) -> str:
-    if value == 0:
-        return "0"
-    if 1e-3 <= abs(value) < 1e4:
+    if value == 0 or 1e-2 <= abs(value) < 1e4:
         return f"{value:g}"
-    return f"1e{round(math.log10(value))}" if value > 0 else f"{value:g}"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
