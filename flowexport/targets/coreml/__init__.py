@@ -1,0 +1,5 @@
+"""Core ML: coremltools converts anywhere, macOS runs."""
+
+from flowexport.targets.coreml.target import TARGET
+
+__all__ = ["TARGET"]

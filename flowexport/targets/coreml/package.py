@@ -1,0 +1,197 @@
+"""Reads, checks and rewrites a saved .mlpackage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flowexport.core.errors import InputError
+from flowexport.core.hashing import sha256_file
+from flowexport.core.types import TensorSpec
+
+MODEL_FILE = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHTS_FOLDER = "Data/com.apple.CoreML/weights"
+WEIGHTS_FILE = f"{WEIGHTS_FOLDER}/weight.bin"
+MANIFEST_FILE = "Manifest.json"
+PREFIX = "flowexport."
+
+# coremltools.libmilstoragepython: 64-byte records {sentinel, dtype, bytes, offset}.
+_BLOB = struct.Struct("<IIQQ")
+_SENTINEL = 0xDEADBEEF
+
+
+def read_spec(path: Path) -> Any:
+    """Return the package's ``Model`` message after checking that its weights are there.
+
+    Raises:
+        InputError: the path is no ML Program package, or a part is missing or cut.
+    """
+    if not path.exists():
+        raise InputError(f"inspect coreml: {path} does not exist.")
+    if not path.is_dir() or not (path / MANIFEST_FILE).is_file():
+        raise InputError(f"inspect coreml: {path} is no .mlpackage (it has no {MANIFEST_FILE}).")
+    from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model()
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
+        root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+        spec.ParseFromString((path / "Data" / root).read_bytes())
+    except Exception as error:  # protobuf, JSON and missing files each raise their own
+        raise InputError(
+            f"inspect coreml: {path} is truncated or corrupt ({type(error).__name__}).",
+            fix="convert it again",
+        ) from error
+    if spec.WhichOneof("Type") != "mlProgram" or not spec.mlProgram.functions:
+        raise InputError(
+            f"inspect coreml: {path} holds {spec.WhichOneof('Type')}; expected an ML Program."
+        )
+    _check_weights(path, spec)
+    return spec
+
+
+def write_spec(path: Path, spec: Any) -> None:
+    """Write ``spec`` back, and name the package's items by their content.
+
+    coremltools stamps random identifiers, the date and a debug map of names
+    into every package; without them the same program gives the same bytes.
+    """
+    user = spec.description.metadata.userDefined
+    user.pop("com.github.apple.coremltools.conversion_date", None)
+    (path / MODEL_FILE).write_bytes(spec.SerializeToString(deterministic=True))
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+    items = {"model.mlmodel": ("CoreML Model Specification", MODEL_FILE)}
+    content = sha256_file(path / MODEL_FILE)
+    if (path / WEIGHTS_FILE).is_file():
+        items["weights"] = ("CoreML Model Weights", WEIGHTS_FOLDER)
+        content += sha256_file(path / WEIGHTS_FILE)
+    entries = {
+        str(uuid.uuid5(uuid.NAMESPACE_OID, name + content)): {
+            "author": "com.apple.CoreML",
+            "description": description,
+            "name": name,
+            "path": file.removeprefix("Data/"),
+        }
+        for name, (description, file) in items.items()
+    }
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": entries,
+        "rootModelIdentifier": next(iter(entries)),
+    }
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=4) + "\n")
+
+
+def remove(path: Path) -> None:
+    """Delete a package that an earlier conversion left."""
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def operations(spec: Any) -> Iterator[Any]:
+    """Yield every operation of every function, nested blocks included."""
+
+    def walk(block: Any) -> Iterator[Any]:
+        for operation in block.operations:
+            yield operation
+            for inner in operation.blocks:
+                yield from walk(inner)
+
+    for function in spec.mlProgram.functions.values():
+        yield from walk(function.block_specializations[function.opset])
+
+
+def operator_counts(spec: Any) -> dict[str, int]:
+    """Return how often each operator occurs, constants aside."""
+    counts = Counter(op.type for op in operations(spec))
+    counts.pop("const", None)
+    return dict(sorted(counts.items()))
+
+
+def rounding_inverses(spec: Any) -> list[tuple[str, float]]:
+    """Return name and ε of each ``inverse`` that computes 1/(x + ε) with ε > 0."""
+    constants = {op.outputs[0].name: op for op in operations(spec) if op.type == "const"}
+    found = []
+    for op in operations(spec):
+        if op.type != "inverse":
+            continue
+        # Without the argument Core ML takes its default, 1e-4.
+        epsilon = 1e-4
+        if "epsilon" in op.inputs:
+            argument = op.inputs["epsilon"].arguments[0]
+            value = constants[argument.name].attributes["val"] if argument.name else argument.value
+            epsilon = _scalar(value)
+        if epsilon > 0:
+            found.append((op.outputs[0].name, epsilon))
+    return found
+
+
+def features(spec: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Return the described inputs and outputs (those that are tensors)."""
+    from coremltools.proto import FeatureTypes_pb2
+
+    names = {65568: "float32", 65600: "float64", 131104: "int32", 65552: "float16", 131080: "int8"}
+
+    def tensors(described: Any) -> list[TensorSpec]:
+        result = []
+        for feature in described:
+            if feature.type.WhichOneof("Type") != "multiArrayType":
+                continue
+            array = feature.type.multiArrayType
+            kind = FeatureTypes_pb2.ArrayFeatureType.ArrayDataType.Name(array.dataType)
+            dtype = names.get(array.dataType, kind.lower())
+            result.append(TensorSpec(feature.name, tuple(array.shape), dtype))
+        return result
+
+    return tensors(spec.description.input), tensors(spec.description.output)
+
+
+def user_metadata(spec: Any) -> dict[str, Any]:
+    """Return flowexport's own entries, decoded, without their prefix."""
+    entries: Mapping[str, str] = spec.description.metadata.userDefined
+    return {
+        key.removeprefix(PREFIX): json.loads(value)
+        for key, value in sorted(entries.items())
+        if key.startswith(PREFIX)
+    }
+
+
+def _scalar(value: Any) -> float:
+    tensor = value.immediateValue.tensor
+    if tensor.WhichOneof("value") == "floats":
+        return float(tensor.floats.values[0])
+    (half,) = struct.unpack("<e", tensor.bytes.values[:2])
+    return float(half)
+
+
+def _check_weights(path: Path, spec: Any) -> None:
+    """Raise InputError unless every constant kept in ``weight.bin`` lies inside it."""
+    blobs = []
+    for op in operations(spec):
+        for value in op.attributes.values():
+            if value.WhichOneof("value") == "blobFileValue":
+                blobs.append((op.outputs[0].name, value.blobFileValue.offset))
+    if not blobs:
+        return
+    file = path / WEIGHTS_FILE
+    if not file.is_file():
+        raise InputError(f"inspect coreml: {path} has no {WEIGHTS_FILE}.", fix="convert it again")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        for name, offset in blobs:
+            stream.seek(offset)
+            record = stream.read(_BLOB.size)
+            sentinel, _, length, start = (
+                _BLOB.unpack(record) if len(record) == _BLOB.size else (0, 0, 0, 0)
+            )
+            if sentinel != _SENTINEL or start + length > size:
+                raise InputError(
+                    f"inspect coreml: {path} is truncated or corrupt: {WEIGHTS_FILE} lacks {name}.",
+                    fix="convert it again",
+                )

@@ -1,0 +1,73 @@
+"""Runs a .mlpackage with Core ML itself, on macOS."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flowexport.core.errors import InputError, UnavailableError
+from flowexport.core.types import Artifact, RuntimeInfo, Session
+from flowexport.targets.coreml.options import COMPUTE_UNITS
+from flowexport.targets.coreml.package import read_spec
+
+NO_RUNTIME = "Core ML runs on macOS only"
+
+
+def on_macos() -> bool:
+    """Whether this machine has Core ML."""
+    return platform.system() == "Darwin"
+
+
+class CoreMLSession(Session):
+    """``MLModel.predict`` on the compute units of the artifact's options."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        super().__init__(artifact)
+        import coremltools as ct
+
+        read_spec(artifact.path)
+        units = str(artifact.options.get("compute_units", "all"))
+        try:
+            self._model: Any = ct.models.MLModel(
+                str(artifact.path), compute_units=ct.ComputeUnit[COMPUTE_UNITS[units]]
+            )
+        except Exception as error:  # Core ML's compiler raises RuntimeError and NSError wrappers
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(
+                f"load coreml {artifact.model}: Core ML refuses the package: {line}"
+            ) from error
+        self._info = RuntimeInfo(
+            name="Core ML",
+            version=f"macOS {platform.mac_ver()[0]}",
+            threads=threads,
+            details={"compute_units": units, "threads": "chosen by Core ML"},
+        )
+
+    @property
+    def info(self) -> RuntimeInfo:
+        return self._info
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        result: Mapping[str, np.ndarray] = self._model.predict(dict(feeds))
+        return result
+
+    def close(self) -> None:
+        self._model = None
+
+
+def open_session(artifact: Artifact, threads: int) -> Session:
+    """Return the session that this machine has for Core ML packages.
+
+    Raises:
+        UnavailableError: there is no Core ML here.
+        InputError: the package is corrupt.
+    """
+    if on_macos():
+        return CoreMLSession(artifact, threads)
+    raise UnavailableError(
+        f"load coreml {artifact.model}: {NO_RUNTIME}; this is {platform.system()}.",
+        fix="run `flowexport verify BUNDLE --target coreml` on a Mac",
+    )
