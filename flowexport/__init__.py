@@ -9,9 +9,10 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowexport.core.types import TensorSpec
     from flowexport.pipeline import Result, benchmark, convert, verify
 
-__all__ = ["Result", "__version__", "benchmark", "convert", "verify"]
+__all__ = ["Result", "TensorSpec", "__version__", "benchmark", "convert", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ _REFUSALS = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
     errno.ENOTDIR: "a part of the path is no folder",
+    errno.EEXIST: "a part of the path is no folder",
     errno.ENAMETOOLONG: "the name is too long",
 }
 

@@ -116,6 +116,7 @@ def convert(
         weights=weights,
         inputs=inputs,
         out=out,
+        force=force,
         threads=threads,
         require=require,
     )

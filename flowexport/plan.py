@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flowexport.bundle import Staging
 from flowexport.core.errors import (
     FlowExportError,
     InputError,
@@ -69,10 +70,11 @@ def make_plan(
     weights: str | Path | None = None,
     inputs: Sequence[TensorSpec] = (),
     out: str | Path | None = None,
+    force: bool = False,
     threads: int | None = None,
     require: Sequence[str] = (),
 ) -> Plan:
-    """Settle what will be converted, and build the model.
+    """Settle what will be converted, and build the model; see :func:`flowexport.convert`.
 
     Raises:
         FlowExportError: whatever is wrong with the recipe, the names, the weights
@@ -109,10 +111,12 @@ def make_plan(
             f"convert {recipe.name}: no target is available ({reasons}).",
             fix="`flowexport doctor` shows what mends each",
         )
+    place = (Path(out) if out is not None else Path("out") / recipe.name).absolute()
+    Staging(place, force=force).check()
     return Plan(
         recipe=recipe,
         subject=resolve(recipe),
-        out=(Path(out) if out is not None else Path("out") / recipe.name).absolute(),
+        out=place,
         options=options,
         not_run=not_run,
         threads=threads or recipe.bench.threads,

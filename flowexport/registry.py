@@ -94,7 +94,9 @@ class Registry(Generic[T]):
         if name not in self._loaded:
             entry = self._import(name)
             if entry is None:
-                raise UnavailableError(f"{self.kind} {name}: {self._broken[name]}.")
+                raise UnavailableError(
+                    f"{self.kind} {name}: {self._broken[name]}.", fix=self.repair(name)
+                )
             self._loaded[name] = entry
         return self._loaded[name]
 
@@ -107,6 +109,11 @@ class Registry(Generic[T]):
             except FlowExportError:
                 continue
         return found
+
+    def repair(self, name: str) -> str | None:
+        """Return the command that installs a broken entry's package anew."""
+        point = self._points.get(name)
+        return f"pip install --force-reinstall {point.dist.name}" if point and point.dist else None
 
     def broken(self) -> Mapping[str, str]:
         """Return why each entry that cannot be imported cannot, after trying all."""

@@ -81,7 +81,7 @@ def find_recipe(source: str | Path | Recipe) -> Recipe:
         return load_recipe(shipped[text], TARGETS.names())
     if text in MODELS.names():
         return Recipe(name=text, model=ModelRef(name=text))
-    raise UnknownNameError("recipe or model", text, [*shipped, *MODELS.names()])
+    raise UnknownNameError("recipe or model", text, {*shipped, *MODELS.names()})
 
 
 def resolve(recipe: Recipe) -> Subject:

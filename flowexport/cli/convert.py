@@ -63,7 +63,6 @@ def convert(
     verbose: options.Verbose = False,
 ) -> int:
     """Convert, verify, benchmark and report: one command from weights to a bundle."""
-    from flowexport.bundle import Staging
     from flowexport.pipeline import run_plan
     from flowexport.plan import make_plan
 
@@ -77,12 +76,11 @@ def convert(
             weights=weights,
             inputs=specs,
             out=out,
+            force=force,
             threads=threads,
             require=require,
         )
-        if dry_run:
-            Staging(plan.out, force=force).check()
-        else:
+        if not dry_run:
             result = run_plan(
                 plan,
                 force=force,

@@ -62,7 +62,7 @@ def _collect() -> dict[str, Any]:
             "runs": False,
             "toolchain": {},
             "reason": reason,
-            "fix": "pip install --force-reinstall the package that provides it",
+            "fix": TARGETS.repair(name),
         }
     broken = [
         {"kind": registry.kind, "name": name, "reason": reason}

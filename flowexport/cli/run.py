@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -44,6 +45,8 @@ def run(arguments: Sequence[str]) -> int:
     from flowexport.cli.app import command
 
     wants_json = "--json" in arguments
+    if not sys.warnoptions:  # a library's deprecation is none of the user's business
+        warnings.simplefilter("ignore")
     with _signals_interrupt():
         try:
             code = command().main(

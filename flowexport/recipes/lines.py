@@ -111,6 +111,8 @@ def _build(loader: _Loader, node: yaml.Node, path: Keys, out: Located, seen: set
         raise RecipeError(f"{out.file}:{line}: has a YAML alias; expected the value written out.")
     seen.add(id(node))
     out.values[path] = line
+    if not node.tag.startswith("tag:yaml.org,2002:") or "/" in node.tag:
+        raise RecipeError(f"{out.file}:{line}: has the tag {node.tag!r}; expected YAML without.")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
