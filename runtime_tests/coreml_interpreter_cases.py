@@ -19,13 +19,17 @@ from coremltools.converters.mil.mil import types
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """``op`` applied by ``make`` to ``feeds`` equals ``want`` of the same tensors."""
+    """``op`` applied by ``make`` to ``feeds`` equals ``want`` of the same tensors.
+
+    ``distrust`` says why coremltools' value inference is no reference here.
+    """
 
     op: str
     feeds: tuple[np.ndarray, ...]
     make: Callable[..., Any]
     want: Callable[..., Any]
     note: str = ""
+    distrust: str = ""
 
     @property
     def id(self) -> str:
@@ -273,6 +277,7 @@ ACTIVATIONS = [
 ]  # fmt: skip
 
 PLACES, ALONG = _i(2, 5, high=3), _i(2, 3, 2, high=4)
+ONCE = np.array([[[0, 2], [3, 1], [1, 0]]] * 2, np.int32)
 SPOTS = np.array([[0, 2], [1, 0]], np.int32)
 
 
@@ -323,9 +328,14 @@ SHAPES = [
     Case("reshape", (A,), lambda a: mb.reshape(x=a, shape=[0, -1, 2]),
          lambda a: a.reshape(2, -1, 2)),
     Case("reverse", (A,), lambda a: mb.reverse(x=a, axes=[0, 2]), lambda a: a.flip(0, 2)),
+    Case("scatter_along_axis", (A, ONCE, _f(2, 3, 2)),
+         lambda a, i, u: mb.scatter_along_axis(
+             data=a, indices=i, updates=u, axis=2, mode="update"),
+         lambda a, i, u: a.scatter(2, i.long(), u)),
     Case("scatter_along_axis", (A, ALONG, _f(2, 3, 2)),
          lambda a, i, u: mb.scatter_along_axis(data=a, indices=i, updates=u, axis=2, mode="add"),
-         lambda a, i, u: a.scatter_add(2, i.long(), u)),
+         lambda a, i, u: a.scatter_add(2, i.long(), u), "add",
+         distrust="coremltools 9.0 infers an update whatever the mode"),
     Case("scatter_nd", (A, SPOTS, _f(2, 4)),
          lambda a, i, u: mb.scatter_nd(data=a, indices=i, updates=u, mode="update"),
          lambda a, i, u: a.index_put((i[:, 0].long(), i[:, 1].long()), u)),

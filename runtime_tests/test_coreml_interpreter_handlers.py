@@ -133,7 +133,7 @@ def test_the_cases_run_the_operators_that_they_name(interpreter: Interpreter) ->
 def test_handlers_equal_coremltools_value_inference() -> None:
     compared = set()
     for case in CASES:
-        values = inferred(case)
+        values = None if case.distrust else inferred(case)
         if values is None:
             continue
         want = case.want(*(torch.from_numpy(f) for f in case.feeds))
