@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
 from typing import TYPE_CHECKING, Any
 
 from flowexport import __version__
 from flowexport.core.errors import ConversionError
-from flowexport.core.types import TensorSpec
 from flowexport.lowering import LoweredProgram
 from flowexport.targets.onnx.function import DOMAIN
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, ValueInfoProto
+    from onnx import GraphProto, ModelProto
 
 
 def finish(model: ModelProto, program: LoweredProgram, form: str) -> ModelProto:
@@ -43,9 +42,7 @@ def finish(model: ModelProto, program: LoweredProgram, form: str) -> ModelProto:
         )
     model = simplified
     forget_origin(model)
-    _set_specs(model.graph.input, program.inputs)
-    _set_specs(model.graph.output, program.outputs)
-    del model.graph.value_info[:]
+    _rename_dimensions(model.graph, program)
     model.graph.name = program.model
     model.producer_name, model.producer_version = "flowexport", __version__
     model.ClearField("metadata_props")
@@ -114,13 +111,23 @@ def _forget_node(node: Any) -> None:
             _forget(attribute.g)
 
 
-def _set_specs(values: Sequence[ValueInfoProto], specs: Sequence[TensorSpec]) -> None:
-    """Set names of dynamic dimensions; the exporter's are torch's symbols (``s77``)."""
-    for value, spec in zip(values, specs, strict=True):
-        if value.name != spec.name:
-            raise ConversionError(f"convert onnx: {value.name!r} was exported for {spec.name!r}.")
-        for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
-            if isinstance(size, int):
-                dim.dim_value = size
-            else:
-                dim.dim_param = size
+def _rename_dimensions(graph: GraphProto, program: LoweredProgram) -> None:
+    """Give dynamic dimensions the specs' names; the exporter's are torch's symbols (``s77``)."""
+    names: dict[str, str] = {}
+    for values, specs in ((graph.input, program.inputs), (graph.output, program.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            if value.name != spec.name:
+                raise ConversionError(
+                    f"convert onnx {program.model}: {value.name!r} was exported for {spec.name!r}."
+                )
+            for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
+                if isinstance(size, int):
+                    dim.dim_value = size
+                else:
+                    names[dim.dim_param] = size
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(
+                    r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), dim.dim_param
+                )
