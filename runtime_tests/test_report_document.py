@@ -205,7 +205,7 @@ def test_page_shows_every_verdict_with_its_reason(tmp_path: Path) -> None:
         "fp32 rounding of sums",  # the tolerance's reason
         "two partitions",
         "2 × token-major",
-        "flowexport verify fakes",
+        "flowexport verify .",
         "was not measured",
         "2" * 64,
     ):

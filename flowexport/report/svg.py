@@ -37,7 +37,7 @@ class Axis:
     def ticks(self) -> list[float]:
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            steps = (1, 2, 5) if last - first <= 3 else (1,)
+            steps = {1: (1, 2, 5), 2: (1, 3), 3: (1, 3)}.get(last - first, (1,))
             every = max(1, round((last - first) / 6))
             ticks = [m * 10.0**e for e in range(first, last + 1, every) for m in steps]
             return [t for t in ticks if self.low <= t <= self.high]

@@ -53,8 +53,6 @@ def page(manifest: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, 
         "machine": _machine(document["machine"]),
         "environment": _environment(manifest),
         "files": sorted(manifest.get("files", {}).items()),
-        "verify": f"flowexport verify {document['name']}",
-        "bench": f"flowexport bench {document['name']}",
     }
 
 
@@ -98,7 +96,7 @@ def _target(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any]) ->
         "evaluation": parity.get("evaluation"),
         "latency": times,
         "operators": _operators(operators),
-        "fusions": dict(made.get("fusions") or {}),
+        "fusions": {k: n for k, n in (made.get("fusions") or {}).items() if n},
         "required_fusions": dict(made.get("required_fusions") or {}),
         "sites": _sites(sites[0]) if sites else [],
         "deterministic": deterministic if isinstance(deterministic, Mapping) else {},
