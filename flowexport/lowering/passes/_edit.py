@@ -37,9 +37,15 @@ class GraphEdit:
             warnings.simplefilter("ignore", FutureWarning)  # torch copies its own pytree specs
             self._module = copy.deepcopy(exported.graph_module)
         self.graph = self._module.graph
-        self._specs = list(exported.graph_signature.input_specs)
         self._state = dict(exported.state_dict)
         nodes = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+        # A copied graph renames an input called like a Python builtin ("input").
+        self._specs = [
+            replace(spec, arg=TensorArgument(name=name))
+            if isinstance(spec.arg, TensorArgument)
+            else spec
+            for spec, name in zip(exported.graph_signature.input_specs, nodes, strict=True)
+        ]
         stores: Mapping[str, Any] = {**exported.constants, **exported.state_dict}
         self.weights: dict[Node, Tensor] = {
             nodes[s.arg.name]: stores[s.target]

@@ -38,6 +38,16 @@ def _register_operators() -> None:
         register_torch_op(override=True)(translate)
 
 
+def require_dtypes(program: LoweredProgram) -> None:
+    """Raise InputError for an input of a dtype that Core ML does not take."""
+    for spec in program.inputs:
+        if spec.dtype not in _INPUT_DTYPES:
+            raise InputError(
+                f"convert coreml {program.model}: {spec.name} has dtype {spec.dtype};"
+                f" expected one of: {', '.join(_INPUT_DTYPES)}."
+            )
+
+
 def to_package(program: LoweredProgram, precision: Precision, system: str, path: Path) -> None:
     """Convert a static program without attention nodes and save it.
 
@@ -48,15 +58,8 @@ def to_package(program: LoweredProgram, precision: Precision, system: str, path:
         path: of the .mlpackage.
 
     Raises:
-        InputError: an input has a dtype that Core ML does not take.
         ConversionError: coremltools refused the program.
     """
-    for spec in program.inputs:
-        if spec.dtype not in _INPUT_DTYPES:
-            raise InputError(
-                f"convert coreml {program.model}: {spec.name} has dtype {spec.dtype};"
-                f" expected one of: {', '.join(_INPUT_DTYPES)}."
-            )
     with contextlib.redirect_stdout(sys.stderr):
         import coremltools as ct
 

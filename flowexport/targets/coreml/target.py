@@ -15,7 +15,7 @@ from flowexport.core.types import Artifact, Availability, Options, Precision, Se
 from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
-from flowexport.targets.coreml.convert import to_package
+from flowexport.targets.coreml.convert import require_dtypes, to_package
 from flowexport.targets.coreml.options import PRECISIONS, CoreMLOptions
 from flowexport.targets.coreml.session import NO_RUNTIME, on_macos, open_session
 
@@ -61,6 +61,7 @@ class CoreMLTarget:
             self.name,
             "give the length in the shape; several lengths need one bucket (function) each",
         )
+        require_dtypes(program)
         self._require_converter(program.model)
         ops = installed_ops()
         static = specialise(program, ops)
