@@ -23,7 +23,7 @@ ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "120")
 """Compute capabilities the kernel is compiled for: 87 is Jetson Orin, 90 is Hopper."""
 
 _HOST_FLAGS = ("-O2", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing")
-_NVCC_FLAGS = ("-O3", "--expt-relaxed-constexpr", "-Xptxas", "-warn-spills")
+_NVCC_FLAGS = ("-O3",)
 
 
 def source_hash() -> str:

@@ -178,6 +178,8 @@ FX_DEVICE void output_segment(const Args& a, int64_t pair, Range range, bool giv
   constexpr int kLanesOut = K::kColumns / 4;
   constexpr int kGroups = kThreads / kLanesOut;
   constexpr int kRowsOut = K::kTokens / kGroups;
+  // In float32, short runs are added up: rounding grows with the root of the longest chain.
+  constexpr int kRun = sizeof(T) == 4 && K::P > 16 ? 16 : K::P;
   const T* q = head_rows<T>(a.q, a, pair, a.sinks, a.width);
   T* out = const_cast<T*>(head_rows<T>(a.out, a, pair, a.sinks, a.value_width));
   const int64_t q_stride = a.heads * a.width, out_stride = a.heads * a.value_width;
@@ -227,14 +229,19 @@ FX_DEVICE void output_segment(const Args& a, int64_t pair, Range range, bool giv
       FX_THREADS(t) {
         const int j = t % kLanesOut * 4, group = t / kLanesOut;
         float sum[kRowsOut][4] = {};
-        for (int d = 0; d < K::P; d += 4) {
-          Float4 c[4];
-          for (int e = 0; e < 4; ++e) c[e] = load4(s.b + (d + e) * K::kColumns + j);
-          for (int r = 0; r < kRowsOut; ++r) {
-            const Float4 y = load4(s.a + (group + r * kGroups) * K::P + d);
-            for (int e = 0; e < 4; ++e)
-              for (int i = 0; i < 4; ++i) sum[r][i] += y.x[e] * c[e].x[i];
+        for (int d0 = 0; d0 < K::P; d0 += kRun) {
+          float part[kRowsOut][4] = {};
+          for (int d = d0; d < d0 + kRun; d += 4) {
+            Float4 c[4];
+            for (int e = 0; e < 4; ++e) c[e] = load4(s.b + (d + e) * K::kColumns + j);
+            for (int r = 0; r < kRowsOut; ++r) {
+              const Float4 y = load4(s.a + (group + r * kGroups) * K::P + d);
+              for (int e = 0; e < 4; ++e)
+                for (int i = 0; i < 4; ++i) part[r][i] += y.x[e] * c[e].x[i];
+            }
           }
+          for (int r = 0; r < kRowsOut; ++r)
+            for (int i = 0; i < 4; ++i) sum[r][i] += part[r][i];
         }
         for (int r = 0; r < kRowsOut; ++r) {
           const int tile_row = group + r * kGroups;
@@ -320,14 +327,18 @@ struct JoinKernel {
     FX_THREADS(t) {
       const int64_t e = index % kBlocks * kThreads + t;
       if (e < K::P * K::P) {
-        float maximum = -INFINITY, weight = 0.0f, sum = 0.0f;
+        float maximum = -INFINITY, weight = 0.0f, sum = 0.0f, lost = 0.0f;
         if (kNormalise)
           for (int i = 0; i < a.splits; ++i) maximum = fmaxf(maximum, maxima[i]);
         for (int i = 0; i < a.splits; ++i) {
           const float factor = kNormalise ? expf(maxima[i] - maximum) : 1.0f;
           weight += sums[i] * factor;
-          sum += a.part_context[(pair * a.splits + i) * K::P * K::P + e] * factor;
+          const float x = a.part_context[(pair * a.splits + i) * K::P * K::P + e] * factor;
+          const float next = sum + x, y = next - sum;  // a compensated sum
+          lost += (sum - (next - y)) + (x - y);
+          sum = next;
         }
+        sum += lost;
         a.context[pair * K::P * K::P + e] = kNormalise ? sum / weight : sum;
       }
     }
