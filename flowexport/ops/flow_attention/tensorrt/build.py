@@ -22,8 +22,14 @@ SOURCE = Path(__file__).with_name("cuda")
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "120")
 """Compute capabilities the kernel is compiled for: 87 is Jetson Orin, 90 is Hopper."""
 
-_HOST_FLAGS = ("-O2", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing")
-_NVCC_FLAGS = ("-O3",)
+_HOST_FLAGS = (
+    *("-std=c++17", "-O2", "-fopenmp", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-Wno-unknown-pragmas", "-shared", "-fPIC", "-fvisibility=hidden"),
+)
+_NVCC_FLAGS = (
+    *("-std=c++17", "-O3", "-shared", "-cudart", "static"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+)
 
 
 def source_hash() -> str:
@@ -103,8 +109,7 @@ def build_host(folder: Path | None = None, *, reverse: bool = False) -> Path:
         return output
     extra = ["-DFLOWEXPORT_HOST_REVERSE"] if reverse else []
     return _compile(
-        [compiler, "-std=c++17", *_HOST_FLAGS, *extra, "-shared", "-fPIC", "-fvisibility=hidden"]
-        + ["-Wno-unknown-pragmas", "-x", "c++", str(SOURCE / "launch.cu")],
+        [compiler, *_HOST_FLAGS, *extra, "-x", "c++", str(SOURCE / "launch.cu")],
         output,
     )
 
@@ -136,7 +141,6 @@ def build_cuda(architectures: Sequence[str] = ARCHITECTURES, folder: Path | None
     code = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in wanted]
     code.append(f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}")
     return _compile(
-        [nvcc(), "-std=c++17", *_NVCC_FLAGS, *code, "-shared", "-cudart", "static"]
-        + ["-Xcompiler", "-fPIC,-fvisibility=hidden", str(SOURCE / "launch.cu")],
+        [nvcc(), *_NVCC_FLAGS, *code, str(SOURCE / "launch.cu")],
         output,
     )

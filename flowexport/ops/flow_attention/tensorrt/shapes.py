@@ -22,7 +22,7 @@ CHECKED: tuple[Shape, ...] = (
     (1, 1000, 1000, 2, 128, 128),
     (1, 4096, 4096, 2, 64, 64),
 )
-"""Correctness: vision stages, ragged sizes, odd widths. L is used for S where a variant needs it."""
+"""Correctness: vision stages, ragged sizes, odd widths; S becomes L where a variant needs that."""
 
 LONG: tuple[Shape, ...] = ((1, 65536, 65536, 2, 8, 8), (1, 65536, 65536, 2, 64, 64))
 
