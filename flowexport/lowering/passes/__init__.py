@@ -24,7 +24,7 @@ from flowexport.lowering.passes.projections import (
 CLEAN = (remove_dropout, fold_constants, fold_layer_scale)
 """Whatever the target: in this order, each ``ExportedProgram -> ExportedProgram``."""
 
-DECOMPOSED = (cancel_permutes, merge_heads_first)
+DECOMPOSED = (cancel_permutes, merge_heads_first, fold_constants)
 """After the attention nodes became their forms."""
 
 PROJECTED = "_projected"

@@ -64,9 +64,10 @@ class GraphEdit:
             node.meta["val"] = target(*values[0], **values[1])
         return node
 
-    def parameter(self, source: Node, suffix: str, value: Tensor) -> Node:
+    def parameter(self, source: Node | None, suffix: str, value: Tensor) -> Node:
         """Add a parameter, named after the weight it comes from, and return its placeholder."""
-        name = f"{self._targets[source]}.{suffix}".replace(".", "_")
+        stem = "constant" if source is None else self._targets[source]
+        name = f"{stem}.{suffix}".replace(".", "_")
         number = 0
         taken = {n.name for n in self.graph.nodes} | set(self._state)
         while (unique := f"{name}_{number}" if number else name) in taken:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite, Choice
+from flowexport.ops.flow_attention.blocks import block_diagonal
 from flowexport.ops.flow_attention.causal import causal_chunked, causal_triangular
 from flowexport.ops.flow_attention.half import means
 from flowexport.ops.flow_attention.noncausal import channel_first, token_major
@@ -32,6 +33,7 @@ FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         # The same mathematics; lowering computes q, k, v as W xᵀ + b where it can.
         "channel_first_projected": channel_first,
         "token_major": token_major,
+        "block_diagonal": block_diagonal,
         "means": means,
         "causal_chunked": causal_chunked,
         "causal_triangular": causal_triangular,
