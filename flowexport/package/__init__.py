@@ -1,0 +1,1 @@
+"""The package: what a demo client ships."""
