@@ -88,6 +88,8 @@ def test_unequal_lengths_are_told(name: str) -> None:
         ("flow axis is 'width'", {"flow_axis": "width"}),
         ("expected low < high", {"clamp": (1.0, -1.0)}),
         ("eps is negative", {"eps": -1e-6}),
+        ("a causal variant has clamp None", {"causal": True, "clamp": None}),
+        ("at most 80 apart", {"causal": True, "clamp": (-50.0, 50.0)}),
         ("a causal variant sums over tokens", {"causal": True, "flow_axis": "heads"}),
     ],
 )

@@ -16,6 +16,8 @@ FEATURE_MAPS = ("sigmoid", "relu")
 AXES = ("tokens", "heads")
 # exp of a clamped Ô stays in half's range without the maximum subtracted up to here.
 LARGEST_EXPONENT = 10.0
+# A later token's e_t must not shrink the earlier ones' to 0 in float32.
+WIDEST_CAUSAL_CLAMP = 80.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class FlowVariant:
             raise InputError("flow attention: eps is negative; expected eps >= 0.")
         if self.causal and (self.flow_axis, self.competition_axis) != ("tokens", "tokens"):
             raise InputError("flow attention: a causal variant sums over tokens only.")
+        span = float("inf") if self.clamp is None else self.clamp[1] - self.clamp[0]
+        if self.causal and span > WIDEST_CAUSAL_CLAMP:
+            raise InputError(
+                f"flow attention: a causal variant has clamp {self.clamp};"
+                f" expected bounds at most {WIDEST_CAUSAL_CLAMP:.0f} apart."
+            )
 
     @property
     def needs_maximum(self) -> bool:
