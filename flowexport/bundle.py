@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from flowexport.core.errors import BundleError, OutputError, UnknownNameError
+from flowexport.core.errors import BundleError, FlowExportError, OutputError, UnknownNameError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "flowexport.manifest/1"
+FULL_DISK_BYTES = 1 << 20
 REPORT_FILES = ("report.json", "report.html")
 
 _REFUSALS = {
@@ -40,16 +41,40 @@ _REFUSALS = {
 
 @contextmanager
 def output_errors(where: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write into OutputError."""
+    """Turn an operating system's refusal to write into OutputError.
+
+    Libraries hide a full disk behind errors of their own, so on any error of
+    theirs the disk itself is asked.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _REFUSALS:
+    except FlowExportError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number not in _REFUSALS and disk_is_full(where):
+            number = errno.ENOSPC
+        if number not in _REFUSALS:
             raise
-        raise OutputError(
-            f"output {where}: cannot be written: {_REFUSALS[error.errno]}.",
-            fix="free some space or choose another folder with --out",
-        ) from error
+        raise cannot_write(where, number) from error
+
+
+def cannot_write(where: Path, number: int | None) -> OutputError:
+    """Return the error for an output folder that the system refuses to write."""
+    return OutputError(
+        f"output {where}: cannot be written: {_REFUSALS[number or errno.ENOSPC]}.",
+        fix="free some space or choose another folder with --out",
+    )
+
+
+def disk_is_full(where: Path) -> bool:
+    """Whether the disk that holds ``where``, or would hold it, has no room left."""
+    for folder in (where, *where.parents):
+        try:
+            return shutil.disk_usage(folder).free < FULL_DISK_BYTES
+        except OSError:
+            continue
+    return False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowexport.bundle import cannot_write, disk_is_full
 from flowexport.core import errors
-from flowexport.core.errors import ConversionError, FlowExportError, OutputError
+from flowexport.core.errors import ConversionError, FlowExportError
 from flowexport.core.types import Artifact, Options
 
 LOG_LINES = 12
-FULL_DISK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,8 @@ def convert_in_child(
             raise ConversionError(f"{where}: the converter left no file at {artifact.path}.")
         return Conversion(artifact, seconds, int(result["peak_rss_bytes"]))
     error = (result or {}).get("error", {})
-    if error.get("errno") in (errno.ENOSPC, errno.EDQUOT) or _disk_is_full(root):
-        raise OutputError(
-            f"output {root.parent}: cannot be written: the disk is full.",
-            fix="free some space or choose another folder with --out",
-        )
+    if error.get("errno") in (errno.ENOSPC, errno.EDQUOT) or disk_is_full(root):
+        raise cannot_write(root.parent, errno.ENOSPC)
     kind = getattr(errors, error.get("class") or "", None)
     if isinstance(kind, type) and issubclass(kind, FlowExportError):
         raised = kind.__new__(kind)  # a subclass may build its message from other arguments
@@ -203,10 +199,3 @@ def _tail(log: Path) -> str:
                 kept.append(line.rstrip())
     tail = kept[-LOG_LINES:]
     return " The log ends:\n" + "\n".join(f"  {line[:300]}" for line in tail) if tail else ""
-
-
-def _disk_is_full(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder).free < FULL_DISK_BYTES
-    except OSError:
-        return False

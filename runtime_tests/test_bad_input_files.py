@@ -40,6 +40,7 @@ def state(width: int = 8) -> dict[str, torch.Tensor]:
         ("text", ["no PyTorch checkpoint"]),
         ("empty", ["truncated"]),
         ("bomb", ["pickles Python objects", "Fix:"]),
+        ("bare bomb", ["expected a complete"]),
         ("another model", ["belongs to another model", "patch_embed"]),
         ("another size", ["of another shape", "qkv.weight"]),
         ("not finite", ["not finite", "head.bias"]),
@@ -62,6 +63,8 @@ def test_checkpoint(tmp_path: Path, capsys: Capture, kind: str, words: list[str]
     elif kind == "empty":
         path.touch()
     elif kind == "bomb":
+        torch.save({"state_dict": Bomb(trace)}, path)
+    elif kind == "bare bomb":
         path.write_bytes(pickle.dumps({"state_dict": Bomb(trace)}))
     elif kind == "another model":
         torch.save({"patch_embed.proj.weight": torch.ones(2)}, path)

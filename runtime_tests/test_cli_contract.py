@@ -21,7 +21,7 @@ from flowexport.core.hashing import sha256_file
 from flowexport.report import validate
 
 HEAVY = (
-    "torch", "numpy", "onnx", "onnxruntime", "coremltools", "litert_torch", "tensorrt_rtx",
+    "torch", "onnx", "onnxruntime", "coremltools", "litert_torch", "tensorrt_rtx",
     "jsonschema", "flowexport.pipeline", "flowexport_models",
 )  # fmt: skip
 

@@ -52,6 +52,8 @@ def run(arguments: Sequence[str]) -> int:
             code = command().main(
                 args=list(arguments), prog_name="flowexport", standalone_mode=False
             )
+            if code == EXIT_INTERRUPTED:  # typer's answer to KeyboardInterrupt
+                return _interrupted(wants_json)
             return code if isinstance(code, int) else EXIT_OK
         except KeyboardInterrupt:
             return _interrupted(wants_json)

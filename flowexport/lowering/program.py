@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,7 +74,11 @@ class LoweredProgram:
             "preprocessing": dict(self.preprocessing),
             "recipe_sha256": self.recipe_sha256,
         }
-        torch.export.save(self.exported, path, extra_files={"flowexport.json": json.dumps(header)})
+        # Through memory: torch's own file writer ends the process where the disk is full.
+        buffer = io.BytesIO()
+        extra = {"flowexport.json": json.dumps(header)}
+        torch.export.save(self.exported, buffer, extra_files=extra)
+        path.write_bytes(buffer.getbuffer())
 
     @classmethod
     def load(cls, path: Path, ops: Sequence[AttentionDescriptor]) -> LoweredProgram:
