@@ -37,6 +37,11 @@ FAMILIES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "FlowformerTimeSeries",
             "FlowformerTimeSeriesConfig",
         ),
+        "flowformer-gpt": (
+            "flowexport_models.flowformer_gpt",
+            "FlowformerGPT",
+            "FlowformerGPTConfig",
+        ),
     }
 )
 """Family -> module, model class, configuration class."""

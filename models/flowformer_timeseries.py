@@ -219,6 +219,6 @@ def flowformer_timeseries_japanese_vowels(**config: Any) -> FlowformerTimeSeries
         "num_layers": 3,
         "d_ff": 256,
         "dropout": 0.1,
-        "pos_encoding": "learnable",
+        "pos_encoding": "fixed",
     }
     return flowformer_timeseries(**{**sizes, **config})

@@ -57,13 +57,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "flowformer-timeseries",
         {**TIME_SERIES, "pos_encoding": "fixed", "activation": "relu"},
     ),
+    "flowformer_gpt_nano": (
+        "flowformer-gpt",
+        {"vocab_size": 65, "block_size": 64, "n_layer": 3, "n_head": 3, "n_embd": 48},
+    ),
 }
 
 
 def read(case: str) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], torch.Tensor]:
     data = load_file(GOLDEN / f"{case}.safetensors")
     weights = {k.removeprefix("weight:"): v for k, v in data.items() if k.startswith("weight:")}
-    inputs = [data[k] for k in ("input:x", "input:padding_masks") if k in data]
+    inputs = [data[k] for k in ("input:x", "input:padding_masks", "input:idx") if k in data]
     return weights, inputs, data["output"]
 
 
@@ -99,6 +103,7 @@ def test_golden(case: str, dtype: torch.dtype) -> None:
         ("flowformer_vision", {"num_heads": 6}),
         ("flowformer_vision", {"clamp": [-5, 5]}),
         ("flowformer_timeseries_fixed", {"clamp": [-1, 1]}),
+        ("flowformer_gpt_nano", {"clamp": None}),
         ("flowformer_timeseries_fixed", {"activation": "gelu"}),
     ],
 )
@@ -185,6 +190,45 @@ def test_no_tensor_of_an_exported_model_has_rank_above_four() -> None:
             if isinstance(n.meta.get("val"), torch.Tensor)
         ]
         assert ranks and max(ranks) <= 4
+
+
+def test_gpt_sizes_are_the_authors() -> None:
+    from flowexport_models.flowformer_gpt import SIZES, flowformer_gpt
+
+    with torch.device("meta"):
+        models = {name: flowformer_gpt(name) for name in SIZES}
+    # Without the head, as flowformergpt prints it; GPT-2's 124 M has one q/k/v Linear instead.
+    count = sum(p.numel() for p in models["gpt2"].transformer.parameters())
+    assert round(count / 1e6) == 124
+    assert models["gpt-nano"].config.n_embd == 48
+    with pytest.raises(UnknownNameError, match="gpt-nano"):
+        flowformer_gpt("gpt-nan")
+
+
+def test_gpt_is_causal_and_refuses_longer_sequences() -> None:
+    family, config = CASES["flowformer_gpt_nano"]
+    module = build_model(family, **config).eval()
+    idx = torch.randint(0, 65, (1, 20), generator=torch.Generator().manual_seed(0))
+    changed = idx.clone()
+    changed[0, 12:] = (idx[0, 12:] + 1) % 65
+    with torch.no_grad():
+        a, b = module(idx), module(changed)
+    torch.testing.assert_close(a[:, :12], b[:, :12], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(a[:, 12:], b[:, 12:])
+    with pytest.raises(InputError, match="idx has 65 tokens; expected at most 64"):
+        module(torch.zeros(1, 65, dtype=torch.int64))
+
+
+def test_gpt_exports_with_dynamic_batch_and_length() -> None:
+    family, config = CASES["flowformer_gpt_nano"]
+    module = build_model(family, **config).eval()
+    batch, length = torch.export.Dim("batch", min=1, max=8), torch.export.Dim("length", max=64)
+    exported = torch.export.export(
+        module, (torch.zeros(2, 5, dtype=torch.int64),), dynamic_shapes=({0: batch, 1: length},)
+    )
+    idx = torch.randint(0, 65, (3, 17))
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(idx), module(idx))
 
 
 def test_recipe_sizes_make_their_own_inputs() -> None:

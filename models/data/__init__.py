@@ -23,9 +23,20 @@ JAPANESE_VOWELS_ATTRIBUTION = (
     "Japanese Vowels, M. Kudo, J. Toyama, M. Shimbo, UCI Machine Learning Repository,"
     " doi.org/10.24432/C5NS47, CC BY 4.0; split of the UEA time series archive."
 )
+# Of the training set's recorded steps; the authors' UEA loader standardises too.
+JAPANESE_VOWELS_MEAN = (
+    0.869106, -0.554501, 0.246109, -0.267294, 0.218977, -0.210538,
+    -0.174065, -0.051705, -0.204931, -0.181194, -0.023592, 0.086214,
+)  # fmt: skip
+JAPANESE_VOWELS_STD = (
+    0.48762, 0.391182, 0.300903, 0.305912, 0.269099, 0.1683,
+    0.161225, 0.18834, 0.187724, 0.116917, 0.097637, 0.127547,
+)  # fmt: skip
 JAPANESE_VOWELS_PREPROCESSING = MappingProxyType(
     {
-        "x": "12 LPC cepstrum coefficients a step, unscaled, zero-padded at the end to 29 steps",
+        "x": "12 LPC cepstrum coefficients a step: (value - mean) / std, then zero-padded",
+        "mean": list(JAPANESE_VOWELS_MEAN),
+        "std": list(JAPANESE_VOWELS_STD),
         "padding_mask": "1.0 on recorded steps, 0.0 on padded ones",
         "max_steps": JAPANESE_VOWELS_STEPS,
     }
@@ -107,6 +118,7 @@ def japanese_vowels(split: str) -> Dataset:
     """
     raw = _read("japanese-vowels")
     steps, lengths, targets = (raw[f"{split}/{part}"] for part in ("steps", "lengths", "targets"))
+    steps = (steps - np.float32(JAPANESE_VOWELS_MEAN)) / np.float32(JAPANESE_VOWELS_STD)
     return Dataset(
         name=f"japanese-vowels-{split}",
         inputs=pad_series(steps, lengths, JAPANESE_VOWELS_STEPS),
