@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from flowexport_models.data.sources import digits_sources, series_sources
 
 from flowexport.core.errors import InputError
 from flowexport.core.types import Dataset
@@ -39,6 +40,7 @@ JAPANESE_VOWELS_PREPROCESSING = MappingProxyType(
         "std": list(JAPANESE_VOWELS_STD),
         "padding_mask": "1.0 on recorded steps, 0.0 on padded ones",
         "max_steps": JAPANESE_VOWELS_STEPS,
+        "sources": series_sources(JAPANESE_VOWELS_STEPS, JAPANESE_VOWELS_MEAN, JAPANESE_VOWELS_STD),
     }
 )
 
@@ -58,6 +60,7 @@ DIGITS_PREPROCESSING = MappingProxyType(
         "resize": "bilinear, half-pixel centres (align_corners=False), edges repeated",
         "mean": [0.0],
         "std": [1.0],
+        "sources": digits_sources(DIGITS_SIZE, 1 / 16),
     }
 )
 
