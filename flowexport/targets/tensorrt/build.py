@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+ADDR_NO_RANDOMIZE = 0x0040000
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +78,23 @@ def set_capabilities(trt: Any, rtx: bool, config: Any, wanted: list[str]) -> lis
     return wanted
 
 
+def fix_addresses() -> None:
+    """Start this process again without address randomisation (Linux).
+
+    TensorRT-RTX numbers its kernels in the order of their addresses, so a
+    second process would write other bytes for the same network. Where the
+    kernel or a container forbids it, the engine still builds.
+    """
+    if sys.platform != "linux":
+        return
+    personality = ctypes.CDLL(None).personality
+    now = personality(0xFFFFFFFF)
+    if now == -1 or now & ADDR_NO_RANDOMIZE or personality(now | ADDR_NO_RANDOMIZE) == -1:
+        return
+    os.environ["PYTHONHASHSEED"] = "0"
+    os.execv(sys.executable, sys.orig_argv)
+
+
 def die_with_parent() -> None:
     """Have the kernel end this process when its parent ends (Linux, where TensorRT is)."""
     if sys.platform == "linux":
@@ -84,6 +103,7 @@ def die_with_parent() -> None:
 
 def main(arguments: list[str]) -> int:
     die_with_parent()
+    fix_addresses()
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
         result = build(request)

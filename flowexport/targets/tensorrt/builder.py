@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -57,7 +58,7 @@ def build_engine(
     Args:
         sdk: which library.
         onnx: the file; precision is as it says (strongly typed).
-        engine: file to write.
+        engine: file to write, in a folder of its own.
         shapes: minimum, optimum and maximum shape of each dynamic input.
         compute_capabilities: GPU generations, for TensorRT-RTX.
         timeout: seconds.
@@ -66,30 +67,29 @@ def build_engine(
     Raises:
         ConversionError: with the builder's last words.
     """
-    request, result, log = (engine.with_suffix(s) for s in (".request", ".result", ".log"))
+    folder = engine.parent
+    request, result, log = (folder / f"build.{what}" for what in ("request", "result", "log"))
     request.write_text(
         json.dumps(
             {
                 "module": sdk.module,
                 "rtx": sdk.rtx,
-                "onnx": str(onnx),
-                "engine": str(engine),
+                "onnx": os.path.relpath(onnx, folder),
+                "engine": engine.name,
                 "shapes": {name: [list(s) for s in three] for name, three in shapes.items()},
                 "compute_capabilities": list(compute_capabilities),
             }
         ),
         encoding="utf-8",
     )
-    command = [
-        sys.executable,
-        "-P",
-        str(Path(__file__).with_name("build.py")),
-        str(request),
-        str(result),
-    ]
+    # Relative names: the length of a path moves addresses, and they are in the engine.
+    script = str(Path(__file__).with_name("build.py"))
+    command = [sys.executable, "-P", script, request.name, result.name]
     where = f"convert tensorrt {model}"
     with log.open("wb") as stream:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+        child = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+        )
         try:
             code = child.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -97,13 +97,13 @@ class TensorRTTarget:
                 "timeout": settings.timeout,
                 "model": program.model,
             }
-            built = build_engine(library, inlined, scratch / "first.engine", **common)
+            built = build_engine(library, inlined, _folder(scratch, "1") / path.name, **common)
             same: bool | None = None
             reason: str | None = "the option check_rebuild is off"
             if settings.check_rebuild and built.seconds > REBUILD_LIMIT_S:
                 reason = f"one build took {built.seconds:.0f} s; a second was not made"
             elif settings.check_rebuild:
-                again = build_engine(library, inlined, scratch / "second.engine", **common)
+                again = build_engine(library, inlined, _folder(scratch, "2") / path.name, **common)
                 same = sha256_file(built.engine) == sha256_file(again.engine)
                 reason = None if same else "a second build of the same file gave other bytes"
             built.engine.replace(path)
@@ -206,6 +206,12 @@ class TensorRTTarget:
 def sidecar_path(engine: Path) -> Path:
     """Return where an engine's layer table lies."""
     return engine.with_suffix(SIDECAR)
+
+
+def _folder(parent: Path, name: str) -> Path:
+    path = parent / name
+    path.mkdir()
+    return path
 
 
 def _onnx_options(program: LoweredProgram, options: Options) -> Options:
