@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,11 +183,22 @@ class Staging:
     Args:
         out: where the bundle shall be.
         force: replace an older bundle there; never another kind of folder.
+        kind: what the folder becomes, in a message's words.
+        opener: raises BundleError for a folder that is not of this kind.
     """
 
-    def __init__(self, out: Path, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        force: bool = False,
+        kind: str = "bundle",
+        opener: Callable[[Path], object] | None = None,
+    ) -> None:
         self.out = out.absolute().resolve()
         self.force = force
+        self.kind = kind
+        self._open = opener or Bundle.open
         self.path = self._sibling("partial")
         self.failed_log = self.out.with_name(f"{self.out.name}.failed.log")
         self._lock = -1
@@ -211,11 +222,11 @@ class Staging:
                 fix="--force replaces it, --out DIR writes elsewhere",
             )
         try:
-            Bundle.open(self.out)
+            self._open(self.out)
         except BundleError as error:
             raise OutputError(
-                f"output {self.out}: is no bundle, so --force does not replace it;"
-                " expected a bundle or a new folder.",
+                f"output {self.out}: is no {self.kind}, so --force does not replace it;"
+                f" expected a {self.kind} or a new folder.",
                 fix="choose another folder with --out",
             ) from error
 

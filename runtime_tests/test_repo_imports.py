@@ -19,6 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "parity": {"core"},
     "bench": {"core"},
     "report": {"core"},
+    "package": {"core", "parity", "report", "<top>"},
+    "devices": {"core", "parity", "bench", "report", "package", "<top>"},
     "recipes": {"core"},
     "registry": {"core", "ops"},
     "models": {"core", "ops"},

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from flowexport import __version__
-from flowexport.cli import bench, convert, doctor, inspect, listing, report, verify
+from flowexport.cli import bench, convert, doctor, inspect, listing, package, report, verify
 
 EPILOG = (
     "Exit codes: 0 done, 2 usage error or unusable input, 3 conversion failed, "
@@ -49,6 +49,7 @@ app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
+app.command("package")(package.package)
 
 
 def command() -> Any:

@@ -7,6 +7,7 @@ steps work in float64; only the last result is rounded to the input's dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -176,9 +177,7 @@ def draw_strokes(height: int, width: int, rng: np.random.Generator) -> np.ndarra
     """Draw a soft random line of a thick pen; (height, width) uint8, ink is 255."""
     pen = 0.05 * max(height, width)
     corners = rng.uniform(0.15, 0.85, (5, 2)) * (height, width)
-    path = np.concatenate(
-        [np.linspace(a, b, 40) for a, b in zip(corners, corners[1:], strict=False)]
-    )
+    path = np.concatenate([np.linspace(a, b, 40) for a, b in pairwise(corners)])
     grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1) + 0.5
     distance = np.min([np.hypot(*(grid - point).transpose(2, 0, 1)) for point in path], axis=0)
     return np.rint(255 * np.clip(pen - distance + 0.5, 0, 1)).astype(np.uint8)

@@ -12,7 +12,7 @@ from typing import Any
 from flowexport.core.errors import BundleError, UnknownNameError
 
 FOLDER = Path(__file__).parent / "schemas"
-SCHEMAS = ("manifest", "report")
+SCHEMAS = ("manifest", "report", "device_report", "merge")
 
 
 @cache
@@ -28,28 +28,28 @@ def validate(document: Mapping[str, Any], schema_name: str) -> None:
     """Check a document against a published schema.
 
     Args:
-        schema_name: ``manifest`` or ``report``.
+        schema_name: one of :data:`SCHEMAS`.
 
     Raises:
         BundleError: names the first wrong key, what it has and what is expected.
     """
+    check_document(document, load_schema(schema_name), f"validate {schema_name}")
+
+
+def check_document(document: Any, schema: Mapping[str, Any], where: str) -> None:
+    """Check a document against any schema; ``where`` begins the message of BundleError."""
     from jsonschema import Draft202012Validator
 
-    schema = load_schema(schema_name)
     errors = list(Draft202012Validator(schema).iter_errors(document))
     if errors:
         first = min(errors, key=lambda e: (len(e.absolute_path), str(e.json_path)))
-        where = ".".join(str(p) for p in first.absolute_path) or "document"
+        place = ".".join(str(p) for p in first.absolute_path) or "document"
         message = first.message if len(first.message) < 300 else f"{first.message[:300]}…"
         more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise BundleError(
-            f"validate {schema_name}: {where} does not follow {schema['$id']}: {message}.{more}"
-        )
-    place = _not_finite(document)
-    if place is not None:
-        raise BundleError(
-            f"validate {schema_name}: {place} is not finite; expected a number or null."
-        )
+        raise BundleError(f"{where}: {place} does not follow {schema['$id']}: {message}.{more}")
+    infinite = _not_finite(document)
+    if infinite is not None:
+        raise BundleError(f"{where}: {infinite} is not finite; expected a number or null.")
 
 
 def _not_finite(value: Any, place: str = "document") -> str | None:
