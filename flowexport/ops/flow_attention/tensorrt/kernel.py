@@ -195,6 +195,8 @@ class KernelLibrary:
         start = -scratch.data_ptr() % _ALIGNMENT
         out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
         stream = 0 if self.is_host else torch.cuda.current_stream(q.device).cuda_stream
-        pointers = [x.data_ptr() for x in (q, k, v, out)]
-        self.launch_pointers(described, *pointers, scratch.data_ptr() + start, size, stream)
+        inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        self.launch_pointers(
+            described, *inputs, out.data_ptr(), scratch.data_ptr() + start, size, stream
+        )
         return out

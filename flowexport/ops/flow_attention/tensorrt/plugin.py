@@ -17,14 +17,14 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowexport.core.errors import InputError, UnavailableError
+from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.ops.flow_attention.tensorrt.build import build_cuda, cache_dir, source_hash
 from flowexport.ops.flow_attention.tensorrt.kernel import KernelLibrary, problem
 from flowexport.ops.flow_attention.tensorrt.workspace import workspace_bytes
@@ -49,11 +49,34 @@ class Kernels:
         embed: put ``library``'s bytes into engines that are built.
         allow_embedded: run the native code an engine carries. Only for
             engines you trust like a program you install.
+        failures: what plugins refused, in words.
+        created: the variant of each plugin that the ONNX parser made, by node name.
+        embedded_once: whether a plugin of this build carries the library already.
+        embedded: the library that a plugin of a loaded engine carried.
     """
 
     library: Path | None = None
     embed: bool = False
     allow_embedded: bool = False
+    failures: list[str] = field(default_factory=list)
+    created: dict[str, FlowVariant] = field(default_factory=dict)
+    embedded_once: bool = False
+    embedded: bytes = b""
+
+
+def _told(method: Any) -> Any:
+    """Keep the words of what a callback raises: TensorRT prints an exception and goes on."""
+
+    @wraps(method)
+    def wrapper(self: Any, *arguments: Any) -> Any:
+        try:
+            return method(self, *arguments)
+        except Exception as error:
+            if str(error) not in self.kernels.failures:
+                self.kernels.failures.append(str(error))
+            raise
+
+    return wrapper
 
 
 def parse_fields(fields: Mapping[str, Any]) -> FlowVariant:
@@ -120,7 +143,7 @@ def check_shapes(shapes: Sequence[Sequence[int]], where: str = f"plugin {NAME}")
             raise InputError(f"{where}: {what} is {width}; expected a fixed number from 1 to 128.")
 
 
-def find_kernel(wanted: str, kernels: Kernels, embedded: bytes) -> KernelLibrary:
+def find_kernel(wanted: str, kernels: Kernels) -> KernelLibrary:
     """Return the CUDA library for the source hash an engine was built with.
 
     Raises:
@@ -130,7 +153,8 @@ def find_kernel(wanted: str, kernels: Kernels, embedded: bytes) -> KernelLibrary
         return KernelLibrary(kernels.library)
     for path in sorted(cache_dir().glob(f"flow_attention-sm*-{wanted[:16]}.so")):
         return KernelLibrary(path)
-    if embedded and kernels.allow_embedded:
+    if kernels.embedded and kernels.allow_embedded:
+        embedded = kernels.embedded
         digest = hashlib.sha256(embedded).hexdigest()
         folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -159,10 +183,10 @@ def _plugin_class(trt: Any) -> type:
         return tuple(int(x) for x in desc)
 
     class FlowAttentionPlugin(
-        trt.IPluginV3,
-        trt.IPluginV3OneCore,
-        trt.IPluginV3OneBuild,
-        trt.IPluginV3OneRuntime,
+        trt.IPluginV3,  # type: ignore[misc]
+        trt.IPluginV3OneCore,  # type: ignore[misc]
+        trt.IPluginV3OneBuild,  # type: ignore[misc]
+        trt.IPluginV3OneRuntime,  # type: ignore[misc]
     ):
         """One FlowAttention node; see the module's docstring."""
 
@@ -188,6 +212,7 @@ def _plugin_class(trt: Any) -> type:
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
             return [input_types[0]]
 
+        @_told
         def get_output_shapes(
             self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any
         ) -> list[Any]:
@@ -208,6 +233,7 @@ def _plugin_class(trt: Any) -> type:
             linear = one.format == trt.TensorFormat.LINEAR
             return linear and one.type in types and one.type == first.type
 
+        @_told
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
             check_shapes([shape(x.desc.dims) for x in inputs])
             for bound in ("min", "max"):
@@ -224,6 +250,7 @@ def _plugin_class(trt: Any) -> type:
                 )
             return workspace_bytes(problem(q, k, v, dtype, self.variant))
 
+        @_told
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             return self._check([shape(x.max) for x in inputs], "float32")
 
@@ -233,6 +260,7 @@ def _plugin_class(trt: Any) -> type:
         def set_tactic(self, tactic: int) -> None:
             return None
 
+        @_told
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
             self._check([shape(x.dims) for x in inputs], types[inputs[0].type])
 
@@ -258,6 +286,7 @@ def _plugin_class(trt: Any) -> type:
                 ]
             )
 
+        @_told
         def enqueue(
             self,
             input_desc: Sequence[Any],
@@ -268,7 +297,7 @@ def _plugin_class(trt: Any) -> type:
             stream: int,
         ) -> None:
             if self.kernel is None:
-                self.kernel = find_kernel(self.source, self.kernels, self.embedded)
+                self.kernel = find_kernel(self.source, self.kernels)
             q, k, v = (shape(x.dims) for x in input_desc)
             described = problem(q, k, v, types[input_desc[0].type], self.variant)
             self.kernel.launch_pointers(
@@ -284,7 +313,7 @@ def _plugin_class(trt: Any) -> type:
 
 @cache
 def _creator_class(trt: Any) -> type:
-    class FlowAttentionCreator(trt.IPluginCreatorV3One):
+    class FlowAttentionCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         """Makes the plugin from ONNX attributes (build) or an engine's fields (runtime)."""
 
         def __init__(self, kernels: Kernels) -> None:
@@ -299,32 +328,29 @@ def _creator_class(trt: Any) -> type:
                 ]
             )
             self.kernels = kernels
-            self.failures: list[str] = []
-            self._embedded = False
 
+        @_told
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            found = {field.name: field.data for field in fields}
-            try:
-                unknown = set(found) - {*_ATTRIBUTES, _SOURCE, _CODE}
-                if unknown := unknown - {"plugin_version", "plugin_namespace"}:
-                    raise InputError(
-                        f"plugin {NAME} {name}: unknown field {sorted(unknown)[0]!r};"
-                        f" expected one of {sorted(_ATTRIBUTES)}."
-                    )
-                variant = parse_fields({k: v for k, v in found.items() if k in _ATTRIBUTES})
-                source, embedded = source_hash(), b""
-                if phase == trt.TensorRTPhase.BUILD:
-                    if self.kernels.embed and self.kernels.library and not self._embedded:
-                        embedded = self.kernels.library.read_bytes()
-                        self._embedded = True  # once an engine: any plugin in it can unpack it
-                else:
-                    source = bytes(found[_SOURCE]).decode().rstrip("\0")
-                    embedded = bytes(found.get(_CODE, b""))
-                return _plugin_class(trt)(variant, self.kernels, source, embedded)
-            except Exception as error:
-                # TensorRT swallows what a creator raises; the builder reads it here.
-                self.failures.append(str(error))
-                raise
+            found = {one.name: one.data for one in fields}
+            known = {*_ATTRIBUTES, _SOURCE, _CODE, "plugin_version", "plugin_namespace"}
+            if unknown := sorted(set(found) - known):
+                raise InputError(
+                    f"plugin {NAME} {name}: unknown field {unknown[0]!r};"
+                    f" expected one of {sorted(_ATTRIBUTES)}."
+                )
+            variant = parse_fields({k: v for k, v in found.items() if k in _ATTRIBUTES})
+            kernels = self.kernels
+            source, embedded = source_hash(), b""
+            if phase == trt.TensorRTPhase.BUILD:
+                kernels.created[name] = variant
+                if kernels.embed and kernels.library and not kernels.embedded_once:
+                    embedded = kernels.library.read_bytes()
+                    kernels.embedded_once = True
+            else:
+                source = bytes(found[_SOURCE]).decode().rstrip("\0")
+                embedded = bytes(found.get(_CODE, b""))
+                kernels.embedded = embedded or kernels.embedded
+            return _plugin_class(trt)(variant, kernels, source, embedded)
 
     return FlowAttentionCreator
 
@@ -338,7 +364,7 @@ def register_plugin(
     library: Path | None = None,
     embed: bool = False,
     allow_embedded: bool = False,
-) -> Any:
+) -> Kernels:
     """Register the plugin with a TensorRT module; once a process, later calls change settings.
 
     Args:
@@ -350,7 +376,8 @@ def register_plugin(
         allow_embedded: run native code that engines carry.
 
     Returns:
-        The creator; ``failures`` lists what it refused, in words.
+        The settings; ``failures`` gathers what plugins refused, in words,
+        ``created`` the variant of every node that became a plugin.
 
     Raises:
         InputError: ``embed`` without a library, or the registry refused.
@@ -361,9 +388,7 @@ def register_plugin(
     creator = _creators.get(trt.__name__)
     if creator is not None:
         creator.kernels = kernels
-        creator.failures.clear()
-        creator._embedded = False
-        return creator
+        return kernels
     creator = _creator_class(trt)(kernels)
     if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
         raise InputError(
@@ -371,8 +396,36 @@ def register_plugin(
             f" {NAMESPACE}::{NAME} version {VERSION}.",
             fix="load either the C++ library or the Python plugin, not both",
         )
-    _creators[trt.__name__] = creator
-    return creator
+    _creators[trt.__name__] = creator  # the registry does not keep it alive
+    return kernels
+
+
+def require_plugins(trt: Any, network: Any, expected: int, where: str) -> None:
+    """Fail unless the parsed network has one plugin layer for each FlowAttention node.
+
+    TensorRT inlines a node silently when it knows no plugin of the node's
+    name, namespace and version.
+
+    Args:
+        trt: the TensorRT module.
+        network: what the ONNX parser filled.
+        expected: FlowAttention nodes in the ONNX file.
+        where: ``<stage> <target> <model>`` for the message.
+
+    Raises:
+        ConversionError: the numbers differ; the message says why where known.
+    """
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    found = sum(kind == trt.LayerType.PLUGIN_V3 for kind in kinds)
+    if found == expected:
+        return
+    creator = _creators.get(trt.__name__)
+    said = "; ".join(creator.kernels.failures) if creator else "no plugin is registered"
+    raise ConversionError(
+        f"{where}: the network has {found} FlowAttention plugin layers; expected {expected},"
+        f" one a node{f' ({said})' if said else ''}.",
+        fix=f"the nodes need plugin_namespace={NAMESPACE!r} and plugin_version={VERSION!r}",
+    )
 
 
 def make_rtx_shim(folder: Path) -> Path:
@@ -422,5 +475,3 @@ def builder_environment(
         paths = [str(make_rtx_shim(folder)), result.get("LD_LIBRARY_PATH", "")]
         result["LD_LIBRARY_PATH"] = os.pathsep.join(p for p in paths if p)
     return result
-
-
