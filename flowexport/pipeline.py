@@ -301,7 +301,6 @@ def _convert_all(
             options=options,
             root=root,
             log=root / "logs" / f"{name}.log",
-            threads=plan.threads,
             tick=lambda seconds: progress.step(seconds, None),
         )
     return conversions

@@ -46,7 +46,6 @@ def convert_in_child(
     options: Options,
     root: Path,
     log: Path,
-    threads: int,
     tick: Callable[[float], None] | None = None,
 ) -> Conversion:
     """Convert a saved program in a process of its own.
@@ -56,7 +55,6 @@ def convert_in_child(
         program: a ``.pt2`` file of :meth:`LoweredProgram.save`.
         root: the staging folder.
         log: file that takes the child's stdout and stderr.
-        threads: limit of the usual thread pools in the child.
         tick: called some times a second with the seconds so far.
 
     Raises:
@@ -83,9 +81,7 @@ def convert_in_child(
     where = f"convert {target} {model}"
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    code, answer = _run(
-        [sys.executable, "-m", "flowexport.worker", str(request)], log, threads, tick
-    )
+    code, answer = _run([sys.executable, "-m", "flowexport.worker", str(request)], log, tick)
     seconds = time.monotonic() - started
     result = _parse(answer)
     if code == 0 and result is not None and "artifact" in result:
@@ -104,13 +100,10 @@ def convert_in_child(
     raise ConversionError(f"{where}: {_death(code, error)}.{_tail(log)}")
 
 
-def _run(
-    command: list[str], log: Path, threads: int, tick: Callable[[float], None] | None
-) -> tuple[int, bytes]:
+def _run(command: list[str], log: Path, tick: Callable[[float], None] | None) -> tuple[int, bytes]:
     """Run a child to its end, or kill it and its children when interrupted."""
     reading, writing = os.pipe()
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    environment = {**{n: str(threads) for n in names}, **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     try:
         with log.open("wb") as stream:
             child = subprocess.Popen(
@@ -185,9 +178,11 @@ def _death(code: int, error: dict[str, Any]) -> str:
 def _tail(log: Path) -> str:
     """Return the log's last lines, without the frames of a Python traceback."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = log.read_bytes().decode(errors="replace")
     except OSError:
         return ""
+    # A progress bar writes over itself; what stands at the end counts.
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     kept: list[str] = []
     inside = False
     for line in lines:

@@ -14,6 +14,7 @@ import pytest
 from way_tools import (
     RECIPE,
     alive,
+    finished_bundle,
     names,
     refused,
     start,
@@ -23,7 +24,6 @@ from way_tools import (
     write_plugin,
 )
 
-import flowexport
 from flowexport.bundle import Bundle
 from flowexport.cli import run
 from flowexport.core.hashing import sha256_file
@@ -33,9 +33,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("way")
-    recipe = write_model(folder)
-    return flowexport.convert(recipe, out=folder / "out", bench=False).bundle
+    return finished_bundle(tmp_path_factory.getbasetemp())[0]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from way_tools import names, refused, start, write_model, write_plugin
+from way_tools import finished_bundle, names, refused, start, write_model, write_plugin
 
 import flowexport
 from flowexport.bundle import Bundle
@@ -29,16 +29,8 @@ HEAVY = (
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """A bundle, what ``convert --json`` printed and what it said on stderr."""
-    folder = tmp_path_factory.mktemp("way")
-    recipe = write_model(folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "flowexport", "convert", str(recipe), "--json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "out" / "tiny", json.loads(done.stdout), done.stderr
+    path, out, err = finished_bundle(tmp_path_factory.getbasetemp())
+    return path, json.loads(out), err
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ def convert(
     """Run ``script`` in place of the worker; ``fd`` is where its answer goes."""
     real = process._run
 
-    def run(command: list[str], log: Path, threads: int, tick: Any) -> tuple[int, bytes]:
+    def run(command: list[str], log: Path, tick: Any) -> tuple[int, bytes]:
         head = "import os, sys, json, time; fd = int(sys.argv[2]); "
-        return real([command[0], "-c", head + script, command[3]], log, threads, tick)
+        return real([command[0], "-c", head + script, command[3]], log, tick)
 
     monkeypatch.setattr(process, "_run", run)
     (tmp_path / "root").mkdir()
@@ -42,7 +42,6 @@ def convert(
         options=Options(),
         root=tmp_path / "root",
         log=tmp_path / "logs" / "onnx.log",
-        threads=1,
         **more,
     )
 
@@ -53,6 +52,7 @@ def convert(
         ("print('deep in the converter', flush=True); os.abort()", ["SIGABRT", "deep in the"]),
         ("os.kill(os.getpid(), 9)", ["SIGKILL", "out of memory"]),
         ("print('said before'); sys.exit(7)", ["code 7", "said before"]),
+        ("print('1 %\\r50 %\\rall done\\r'); os.abort()", ["ends:\n  all done"]),
         ("pass", ["no result"]),
         ("os.write(fd, b'{\"artif')", ["no result"]),
     ],

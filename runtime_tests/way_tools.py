@@ -135,6 +135,28 @@ def write_plugin(folder: Path) -> Mapping[str, str]:
     return {"PYTHONPATH": str(site), "FAKE_PID": str(folder / "pid"), "OMP_NUM_THREADS": "1"}
 
 
+def finished_bundle(base: Path) -> tuple[Path, str, str]:
+    """Convert the tiny model once a test session; read only.
+
+    Args:
+        base: ``tmp_path_factory.getbasetemp()``.
+
+    Returns:
+        The bundle, and what ``convert --json`` wrote to stdout and stderr.
+    """
+    folder = base / "finished"
+    if not folder.exists():
+        folder.mkdir()
+        process = start("convert", write_model(folder), "--json", cwd=folder)
+        out, err = process.communicate()
+        (folder / "code").write_text(str(process.returncode))
+        (folder / "stdout").write_text(out)
+        (folder / "stderr").write_text(err)
+    out, err = (folder / "stdout").read_text(), (folder / "stderr").read_text()
+    assert (folder / "code").read_text() == "0", err
+    return folder / "out" / "tiny", out, err
+
+
 def start(
     *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.Popen[str]:

@@ -42,13 +42,13 @@ def run(arguments: Sequence[str]) -> int:
     """
     from typer import TyperException
 
-    from flowexport.cli.app import command
-
     wants_json = "--json" in arguments
     if not sys.warnoptions:  # a library's deprecation is none of the user's business
         warnings.simplefilter("ignore")
     with _signals_interrupt():
         try:
+            from flowexport.cli.app import command
+
             code = command().main(
                 args=list(arguments), prog_name="flowexport", standalone_mode=False
             )
