@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"core"},
     "package": {"core", "parity", "report", "<top>"},
     "devices": {"core", "parity", "bench", "report", "package", "<top>"},
+    "demo": {"core", "package"},
     "recipes": {"core"},
     "registry": {"core", "ops"},
     "models": {"core", "ops"},

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from flowexport import __version__
-from flowexport.cli import bench, convert, doctor, inspect, listing, package, report, verify
+from flowexport.cli import bench, convert, demo, doctor, inspect, listing, package, report, verify
 
 EPILOG = (
     "Exit codes: 0 done, 2 usage error or unusable input, 3 conversion failed, "
@@ -50,6 +50,7 @@ app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
 app.command("package")(package.package)
+app.command("demo")(demo.demo)
 
 
 def command() -> Any:
