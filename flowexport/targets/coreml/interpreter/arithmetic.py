@@ -13,7 +13,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-FP16_SMALLEST_NORMAL = 2.0**-14
+FP16_LARGEST_SUBNORMAL = 2.0**-14 - 2.0**-24
 MATMUL_CHUNK = 32
 """Products that ``acc16`` adds in float32 before each float16 addition: a dot unit's width."""
 
@@ -51,7 +51,7 @@ class Arithmetic:
             return x
         rounded = x.half().float()
         if self.mode is Mode.FTZ:
-            rounded = rounded.masked_fill_(rounded.abs() < FP16_SMALLEST_NORMAL, 0.0)
+            return torch.nn.functional.hardshrink(rounded, FP16_LARGEST_SUBNORMAL)
         return rounded
 
     def sum(self, x: Tensor, axes: Sequence[int], keep: bool = False) -> Tensor:

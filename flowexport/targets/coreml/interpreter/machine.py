@@ -18,6 +18,7 @@ from flowexport.targets.coreml.interpreter.features import feed_tensor, result_a
 from flowexport.targets.coreml.interpreter.handlers import (
     CONSTEXPR,
     HANDLERS,
+    MOVES,
     TORCH_TYPES,
     Handler,
     StateCell,
@@ -313,7 +314,7 @@ class Interpreter:
         for (name, declared), value in zip(step.results, values, strict=True):
             if declared is not None:
                 self._check(step, name, declared, value)
-                if declared.dtype == "float16":
+                if declared.dtype == "float16" and step.op_type not in MOVES:
                     value = step.arithmetic.stored(value)
             elif not isinstance(value, (str, int, dict)):
                 raise ConversionError(

@@ -15,6 +15,7 @@ from flowexport.targets.coreml.interpreter.handlers import (
 )
 from flowexport.targets.coreml.interpreter.handlers._values import TORCH_TYPES, Handler
 from flowexport.targets.coreml.interpreter.handlers.model import CONSTEXPR, StateCell
+from flowexport.targets.coreml.interpreter.handlers.shape import MOVES
 
 _KINDS = (elementwise, reduction, shape, linear, activation, model)
 
@@ -22,4 +23,4 @@ HANDLERS: Mapping[str, Handler] = MappingProxyType(
     {name: handler for kind in _KINDS for name, handler in kind.HANDLERS.items()}
 )
 
-__all__ = ["CONSTEXPR", "HANDLERS", "TORCH_TYPES", "Handler", "StateCell"]
+__all__ = ["CONSTEXPR", "HANDLERS", "MOVES", "TORCH_TYPES", "Handler", "StateCell"]

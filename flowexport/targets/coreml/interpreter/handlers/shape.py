@@ -350,3 +350,13 @@ HANDLERS: Mapping[str, Handler] = MappingProxyType(
         "transpose": transpose,
     }
 )
+
+MOVES = (
+    frozenset(HANDLERS)
+    - {"fill", "fill_like", "one_hot", "range_1d"}
+    - {
+        "scatter_along_axis",
+        "scatter_nd",
+    }
+)
+"""Operators that only move values, which need no second rounding."""
