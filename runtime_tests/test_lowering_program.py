@@ -116,7 +116,7 @@ def test_wrong_number_of_outputs_is_told() -> None:
 
 
 def test_unknown_pinned_form_names_the_valid(two: tuple[nn.Module, LoweredProgram]) -> None:
-    with pytest.raises(LoweringError, match="'nonsense'; expected one of .*published"):
+    with pytest.raises(LoweringError, match=r"'nonsense'; expected one of .*published"):
         decompose(two[1], "onnx", [DESCRIPTOR], pinned="nonsense")
 
 
