@@ -2,6 +2,13 @@
 
 from flowexport.bench.machine import machine_facts
 from flowexport.bench.measure import bench_feeds, measure
-from flowexport.bench.statistics import Ratio, ratio_of_medians
+from flowexport.bench.statistics import Ratio, ratio_of_medians, ratio_of_unpaired_medians
 
-__all__ = ["Ratio", "bench_feeds", "machine_facts", "measure", "ratio_of_medians"]
+__all__ = [
+    "Ratio",
+    "bench_feeds",
+    "machine_facts",
+    "measure",
+    "ratio_of_medians",
+    "ratio_of_unpaired_medians",
+]

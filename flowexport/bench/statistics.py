@@ -61,3 +61,42 @@ def ratio_of_medians(
     return Ratio(
         float(np.median(x) / np.median(y)), float(low), float(high), len(x), float(confidence)
     )
+
+
+def ratio_of_unpaired_medians(
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Ratio:
+    """Return ``median(a) / median(b)`` of two sessions with a percentile bootstrap interval.
+
+    Each side is resampled by itself. What differs between the sessions (heat,
+    other load) is in the ratio, not in the interval: :func:`ratio_of_medians`
+    of interleaved rounds is the sharper tool where both can run together.
+
+    Args:
+        a, b: positive latencies of the same unit, at least two each.
+
+    Raises:
+        InputError: a side has too few samples, or one is not positive.
+    """
+    sides = [np.asarray(v, dtype=np.float64) for v in (a, b)]
+    if any(v.ndim != 1 or len(v) < 2 for v in sides):
+        raise InputError(
+            f"bench ratio: the sides have {len(a)} and {len(b)} samples; expected at least 2 each."
+        )
+    if not all((np.isfinite(v) & (v > 0)).all() for v in sides):
+        raise InputError("bench ratio: a sample is not positive and finite; expected ms above 0.")
+    rng = np.random.default_rng(seed)
+    ratios = np.empty(resamples)
+    for i in range(resamples):
+        x, y = (v[rng.integers(0, len(v), len(v))] for v in sides)
+        ratios[i] = np.median(x) / np.median(y)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    middle = float(np.median(sides[0]) / np.median(sides[1]))
+    rounds = min(len(v) for v in sides)
+    return Ratio(middle, float(low), float(high), rounds, float(confidence))

@@ -22,6 +22,15 @@ def render_html(manifest: Mapping[str, Any], document: Mapping[str, Any]) -> str
         manifest: of the bundle.
         document: of report.json (:func:`flowexport.report.build_report`).
     """
+    return render_page("report.html", page(manifest, document))
+
+
+def render_page(template: str, values: Mapping[str, Any]) -> str:
+    """Render a template of this folder with the common style sheet and filters.
+
+    Args:
+        values: the template's ``page``; strings are escaped unless they are ``Markup``.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -40,6 +49,4 @@ def render_html(manifest: Mapping[str, Any], document: Mapping[str, Any]) -> str
         "words": fmt.words,
     }
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    return environment.get_template("report.html").render(
-        page=page(manifest, document), style=Markup(style)
-    )
+    return environment.get_template(template).render(page=values, style=Markup(style))
