@@ -116,12 +116,12 @@ def test_values_come_in_order_and_end_in_the_output(
     values = list(interpreter.run_with_values(feeds))
     assert len(values) == interpreter.operators.total()
     projection = next(v for v in values if v.op_type == "linear")
-    assert projection.array.shape == (1, 64, 48)
+    assert projection.array.shape[:2] == (1, 64)
     assert projection.module_path is None
     # The converter's suffix does not hide a path that is known by the graph's name.
     known = {projection.output_name.removesuffix("_cast_fp16"): "qkv"}
     again = Interpreter(path, mode="fp16", module_paths=known).run_with_values(feeds)
-    assert [v.module_path for v in again if v.op_type == "linear"][0] == "qkv"
+    assert next(v.module_path for v in again if v.op_type == "linear") == "qkv"
     assert values[-1].output_name == "y"
     np.testing.assert_array_equal(values[-1].array, interpreter.run(feeds)["y"])
     for value in values:

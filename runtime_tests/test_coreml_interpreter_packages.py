@@ -375,15 +375,15 @@ def test_a_surprising_result_fails_with_its_place(
 
 
 def test_damaged_packages_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match=r"nothing\.mlpackage does not exist"):
         Interpreter(tmp_path / "nothing.mlpackage")
     path = save(linear_model(), tmp_path / "m.mlpackage")
     weights = next(path.rglob("weight.bin"))
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(InputError, match="cannot be read back"):
+    with pytest.raises(InputError, match=r"m\.mlpackage"):
         Interpreter(path)
     next(path.rglob("*.mlmodel")).write_bytes(b"not a model")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="truncated or corrupt"):
         Interpreter(path)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowexport.core.errors import InputError, UnknownNameError
+from flowexport.targets.coreml.package import WEIGHTS_FOLDER, read_spec
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,10 @@ def load_package(path: Path, function: str | None = None) -> Package:
         InputError: no such package, a damaged one, or no ML Program.
         UnknownNameError: no function of that name.
     """
-    import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load
 
     where = f"load coreml {path.name}"
-    if not path.is_dir():
-        raise InputError(f"{where}: {path} is no folder; expected an .mlpackage.")
-    try:
-        model = ct.models.MLModel(str(path), skip_model_load=True)
-        spec = model.get_spec()
-    except Exception as error:
-        raise InputError(f"{where}: the package cannot be read: {_line(error)}.") from error
-    if spec.WhichOneof("Type") != "mlProgram":
-        raise InputError(f"{where}: the model is {spec.WhichOneof('Type')}; expected mlProgram.")
+    spec = read_spec(path)
     functions = spec.mlProgram.functions
     description = spec.description
     name = function or description.defaultFunctionName or "main"
@@ -128,7 +120,7 @@ def load_package(path: Path, function: str | None = None) -> Package:
         program = load(
             spec,
             specification_version=spec.specificationVersion,
-            file_weights_dir=model.weights_dir or "",
+            file_weights_dir=str(path / WEIGHTS_FOLDER),
         )
     except Exception as error:
         raise InputError(
