@@ -161,6 +161,10 @@ def finish(
     from flowexport.report import validate, write_report
 
     write_report(root, manifest, parity, latency)
+    mode = (root / "report.json").stat().st_mode  # as the user's umask has new files
+    for path in root.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | mode)
     manifest["files"] = file_table(root)
     validate(manifest, "manifest")
     write_json(root / MANIFEST, manifest)
