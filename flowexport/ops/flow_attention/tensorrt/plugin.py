@@ -279,12 +279,14 @@ def _plugin_class(trt: Any) -> type:
                 fields.append(("clamp", np.array(v.clamp, np.float32), "FLOAT32"))
             if self.embedded:
                 fields.append((_CODE, self.embedded, "CHAR"))
-            return trt.PluginFieldCollection(
+            self._data = [data for _, data, _ in fields]  # TensorRT keeps pointers only
+            self._fields = trt.PluginFieldCollection(
                 [
                     trt.PluginField(name, data, getattr(trt.PluginFieldType, kind))
                     for name, data, kind in fields
                 ]
             )
+            return self._fields
 
         @_told
         def enqueue(
