@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite, Choice
-from flowexport.ops.flow_attention.blocks import block_diagonal
+from flowexport.ops.descriptor import AttentionDescriptor
 from flowexport.ops.flow_attention.causal import causal_chunked, causal_triangular
 from flowexport.ops.flow_attention.half import means
-from flowexport.ops.flow_attention.noncausal import channel_first, token_major
+from flowexport.ops.flow_attention.noncausal import channel_first, channel_first_sums, token_major
 from flowexport.ops.flow_attention.op import _flow_attention, variant_of
 from flowexport.ops.flow_attention.reference import flow_attention_reference
+from flowexport.ops.flow_attention.table import choose
 from flowexport.ops.flow_attention.variant import FlowVariant
 
 
@@ -32,8 +32,8 @@ FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "channel_first": channel_first,
         # The same mathematics; lowering computes q, k, v as W xᵀ + b where it can.
         "channel_first_projected": channel_first,
+        "channel_first_sums": channel_first_sums,
         "token_major": token_major,
-        "block_diagonal": block_diagonal,
         "means": means,
         "causal_chunked": causal_chunked,
         "causal_triangular": causal_triangular,
@@ -48,11 +48,6 @@ def applicable(variant: FlowVariant) -> tuple[str, ...]:
         for name in FORMS
         if name == "published" or name.startswith("causal_") == variant.causal
     )
-
-
-def choose(target: str, precision: str, site: AttentionSite) -> Choice:
-    """Return the form that ``target`` runs best for this site."""
-    return Choice("published", "the only form so far")
 
 
 def attributes(arguments: tuple[Any, ...]) -> dict[str, Any]:

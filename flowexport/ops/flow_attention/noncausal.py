@@ -92,6 +92,22 @@ def channel_first(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     """
     variant = prepare(q, k, v, arguments, "channel_first")
     q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))
+    return _channel_first(q, k, v, variant, products=True)
+
+
+def channel_first_sums(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Compute as :func:`channel_first`, but Σ k/O by multiply and reduce.
+
+    For XNNPACK, whose batched products are slow for a single row.
+    """
+    variant = prepare(q, k, v, arguments, "channel_first_sums")
+    q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))
+    return _channel_first(q, k, v, variant, products=False)
+
+
+def _channel_first(
+    q: Tensor, k: Tensor, v: Tensor, variant: FlowVariant, *, products: bool
+) -> Tensor:
     q, k = feature_map(q, variant), feature_map(k, variant)
     eps, outer = variant.eps, variant.outer_eps
     one = q.new_ones(1)
@@ -102,20 +118,22 @@ def channel_first(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
             total = total + eps
             return total @ a + (total.sum(dim=-1, keepdim=True) * eps + outer)
 
-        def total(x: Tensor) -> Tensor:
-            return x.sum(dim=-1).unsqueeze(2)
+        def total(x: Tensor, weight: Tensor | None = None) -> Tensor:
+            if weight is not None and products:
+                return weight @ x.transpose(2, 3)
+            return (x if weight is None else x * weight).sum(dim=-1).unsqueeze(2)
     else:
 
         def dot(a: Tensor, total: Tensor) -> Tensor:  # (B,H,D,N), (B,1,D,N) -> (B,H,1,N)
             return ((a + eps) * (total + eps)).sum(dim=2, keepdim=True) + outer
 
-        def total(x: Tensor) -> Tensor:
-            return x.sum(dim=1, keepdim=True)
+        def total(x: Tensor, weight: Tensor | None = None) -> Tensor:
+            return (x if weight is None else x * weight).sum(dim=1, keepdim=True)
 
     per_incoming = one / dot(q, total(k))
     per_outgoing = one / dot(k, total(q))
-    sink = dot(q, total(k * per_outgoing))
-    source = dot(k, total(q * per_incoming))
+    sink = dot(q, total(k, per_outgoing))
+    source = dot(k, total(q, per_incoming))
     allocation = scaled(sink, sink_source_ratio(q, k, 3)).sigmoid() * per_incoming
     if variant.competition_axis == "tokens":
         weight = weights(source, variant, 3)

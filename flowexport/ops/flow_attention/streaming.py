@@ -70,7 +70,10 @@ def initial_state(
     # A finite stand-in for −∞: files and runtimes carry it, and exp of it is 0.
     lowest = -1e4 if variant.needs_maximum else 0.0
     return FlowState(
-        *(zeros(width) for _ in range(4)),
+        k_sum=zeros(width),
+        q_sum=zeros(width),
+        k_flow=zeros(width),
+        q_flow=zeros(width),
         weight_sum=zeros(1),
         weight_max=zeros(1) + lowest,
         context=zeros(width, value_width),

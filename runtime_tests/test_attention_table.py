@@ -1,0 +1,73 @@
+"""The table of forms: what each target gets, and how rows are written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flowexport.ops.descriptor import AttentionSite
+from flowexport.ops.flow_attention import VARIANTS, op_arguments, table
+from flowexport.ops.flow_attention.lowered import FORMS, applicable
+
+
+def site(tokens: int | str, heads: int, width: int, variant: str) -> AttentionSite:
+    shape = ("batch", tokens, heads, width)
+    return AttentionSite(
+        "FlowAttention", "attn", shape, shape, shape, op_arguments(VARIANTS[variant])
+    )
+
+
+@pytest.mark.parametrize("target", ["onnx", "tflite", "coreml", "tensorrt", "other"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tokens", [1, 49, 3136, "tokens"])
+def test_every_choice_applies_and_says_why(
+    target: str, precision: str, variant: str, tokens: int | str
+) -> None:
+    choice = table.choose(target, precision, site(tokens, 8, 16, variant))
+    assert choice.form in applicable(VARIANTS[variant]) and choice.reason
+
+
+def test_half_arithmetic_takes_the_safe_form() -> None:
+    assert table.choose("onnx", "fp16", site(3136, 12, 8, "vision")).form == "means"
+    assert table.choose("tflite", "fp16", site(3136, 12, 8, "vision")).form != "means"
+
+
+def test_rows_are_of_known_forms_and_never_slower() -> None:
+    assert table.rows(), "the table is empty: run python -m flowexport.measure_forms --write"
+    for row in table.rows():
+        assert set(row["forms"]) <= set(FORMS)
+        choice = table.choose(
+            row["target"],
+            "fp32",
+            site(row["tokens"], 1, row["channels"], "causal" if row["causal"] else "vision"),
+        )
+        assert row["forms"].get(choice.form, 1.0) >= 1.0
+        assert row["forms"].get(choice.form, 1.0) == max(1.0, *row["forms"].values())
+
+
+def test_written_rows_replace_those_of_the_same_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "TABLE", tmp_path / "table.json")
+    (tmp_path / "table.json").write_text('{"rows": []}')
+    table.rows.cache_clear()
+    try:
+        stage = {"tokens": 64, "heads": 2, "width": 8, "variant": "vision"}
+
+        def forms(ratio: float) -> dict[str, object]:
+            return {
+                "published": {"ratio": {"ci_low": 1.0}},
+                "token_major": {"ratio": {"ci_low": ratio}},
+            }
+
+        table.write_rows("onnx", [{**stage, "forms": forms(1.5)}])
+        choice = table.choose("onnx", "fp32", site(60, 2, 8, "vision"))
+        assert choice.form == "token_major" and "1.50x" in choice.reason
+        table.write_rows("onnx", [{**stage, "forms": forms(0.9)}])
+        assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 1
+        assert table.choose("onnx", "fp32", site(60, 2, 8, "vision")).form == "published"
+    finally:
+        table.rows.cache_clear()
