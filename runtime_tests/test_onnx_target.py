@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 
-from flowexport.core.errors import BundleError, FlowExportError, InputError
+from flowexport.core.errors import BundleError, ConversionError, FlowExportError, InputError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Options, Precision
 from flowexport.ops.flow_attention import VARIANTS
@@ -39,7 +39,12 @@ def run(artifact: Artifact, x: np.ndarray) -> np.ndarray:
         return session.run({"x": x})["logits"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+QUICK = {"standard", "causal", "vision", "lra"}
+
+
+@pytest.mark.parametrize(
+    "variant", [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+)
 def test_every_variant_in_fp32(variant: str, tmp_path: Path) -> None:
     module = programs.net(variant)
     shape = ("batch", "time", programs.WIDTH) if variant in ("standard", "causal") else None
@@ -227,6 +232,7 @@ def test_bring_your_own_module(precision: Precision, tmp_path: Path) -> None:
     assert programs.relative(run(artifact, x), programs.truth(module, x)) <= bound
 
 
+@pytest.mark.slow
 def test_newest_opset_keeps_node_and_numbers(tmp_path: Path) -> None:
     module = programs.net("causal")
     lowered = programs.program(module, "opset")
@@ -269,6 +275,16 @@ def test_broken_file_is_named(damage: str, vision: Artifact, tmp_path: Path) -> 
         TARGET.inspect(path)
     with pytest.raises(BundleError, match=r"net\.onnx"):
         TARGET.load(dataclasses.replace(vision, path=path))
+
+
+def test_model_too_large_for_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowexport.targets.onnx import target
+
+    monkeypatch.setattr(target, "MAX_BYTES", 100)
+    lowered = programs.program(programs.Plain().eval(), "own", shape=("batch", 3, 10))
+    with pytest.raises(ConversionError, match="weights have .* expected at most 100"):
+        TARGET.convert(lowered, Options(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_session_says_what_it_is(vision: Artifact) -> None:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flowexport.core.errors import UnavailableError
+from flowexport.core.errors import ConversionError, UnavailableError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Availability, Options, Precision, Session
 from flowexport.lowering import LoweredProgram
@@ -18,6 +18,8 @@ from flowexport.targets.onnx.options import PRECISIONS, OnnxOptions
 
 NEEDED = ("onnx", "onnxscript", "onnxsim")
 RUNTIME = "onnxruntime"
+# A protobuf message has at most 2 GiB; the rest is room for the graph.
+MAX_BYTES = 2**31 - 2**24
 
 
 class OnnxTarget:
@@ -58,6 +60,13 @@ class OnnxTarget:
         from flowexport.targets.onnx.read import fusions, inline
 
         settings = OnnxOptions.parse(options)
+        weights = program.exported.state_dict.values()
+        if (size := sum(w.numel() * w.element_size() for w in weights)) > MAX_BYTES:
+            raise ConversionError(
+                f"convert onnx {program.model}: the weights have {size} bytes;"
+                f" expected at most {MAX_BYTES} in one file.",
+                fix="convert with --precision fp16",
+            )
         model, sites = export(program, installed_ops(), opset=settings.opset, pinned=settings.form)
         form = form_summary([site.form for site in sites])
         model = finish(model, program, form)
