@@ -1,0 +1,115 @@
+/**
+ * The golden self-test: the page's own preprocessing first, then every model on every
+ * backend against the float64 reference's outputs. Returns findings; it does not throw.
+ */
+
+import { PackageError, sampleOf, sizeOf } from "./package.js";
+import { makeInputs } from "./preprocess.js";
+import { messageOf } from "./backends/serve.js";
+import { compare } from "./statistics.js";
+
+/**
+ * Hold the page's preprocessing against the package's golden vectors.
+ *
+ * @returns `{model, kind: "preprocessing", ok, cases: [{source, name, ok, maxAbs, reason, inputs}], error}`
+ */
+export async function testPreprocessing(pack, model) {
+  const finding = { model: model.id, kind: "preprocessing", ok: false, cases: [], error: null, errorKind: null };
+  try {
+    for (const golden of await pack.preprocessingGoldens(model)) {
+      const entry = { source: golden.source.name, name: golden.case, ok: true, maxAbs: 0, reason: null, inputs: {} };
+      try {
+        entry.inputs = makeInputs(golden.source, golden.raw, model.inputs);
+        for (const [name, expected] of Object.entries(golden.inputs)) {
+          const found = compareAbsolute(entry.inputs[name], expected, golden.maxAbs);
+          entry.maxAbs = worst(entry.maxAbs, found.maxAbs);
+          if (!found.ok) Object.assign(entry, { ok: false, reason: found.reason });
+        }
+      } catch (error) {
+        Object.assign(entry, { ok: false, maxAbs: null, reason: messageOf(error) });
+      }
+      finding.cases.push(entry);
+    }
+    finding.ok = finding.cases.length > 0 && finding.cases.every((c) => c.ok);
+    if (!finding.cases.length) finding.error = "the package has no golden raw samples";
+  } catch (error) {
+    finding.error = messageOf(error);
+    finding.errorKind = error instanceof PackageError ? error.kind : null;
+  }
+  return finding;
+}
+
+/**
+ * Run every golden case of a model on one backend.
+ *
+ * `notRun` says that nothing was proven (no such runtime here); it is never `ok`.
+ *
+ * @returns `{model, kind: "golden", backend, ok, notRun, cases, maxRel, loaded, error}`
+ */
+export async function testModel(pack, backends, model, id, threads) {
+  const finding = {
+    model: model.id, kind: "golden", backend: id, ok: false, notRun: false,
+    cases: [], maxRel: null, loaded: null, error: null, errorKind: null,
+  };
+  const missing = backends.missing(id);
+  if (missing) return { ...finding, notRun: true, error: missing };
+  try {
+    finding.loaded = await backends.model(id, threads, model.files, model.id);
+    const tolerance = finding.loaded.file.tolerance.max_rel;
+    for (const golden of await pack.goldens(model)) {
+      finding.cases.push(await runCase(finding.loaded, golden, tolerance));
+    }
+    finding.ok = finding.cases.length > 0 && finding.cases.every((c) => c.ok);
+    finding.maxRel = finding.cases.some((c) => c.maxRel === null) ? null : Math.max(...finding.cases.map((c) => c.maxRel));
+  } catch (error) {
+    finding.error = messageOf(error);
+    finding.errorKind = error instanceof PackageError ? error.kind : null;
+  }
+  return finding;
+}
+
+/** One case against its golden outputs; a fixed batch takes a batched case sample by sample. */
+export async function runCase(loaded, golden, tolerance) {
+  const entry = { name: golden.name, ok: true, maxRel: 0, maxAbs: 0, reason: null, outputs: {} };
+  try {
+    entry.outputs = await runBatch(loaded, golden);
+    for (const expected of Object.values(golden.outputs)) {
+      const found = compare(entry.outputs[expected.name], expected, tolerance);
+      entry.maxRel = worst(entry.maxRel, found.maxRel);
+      entry.maxAbs = worst(entry.maxAbs, found.maxAbs);
+      if (!found.ok) Object.assign(entry, { ok: false, reason: found.reason });
+    }
+  } catch (error) {
+    Object.assign(entry, { ok: false, maxRel: null, maxAbs: null, reason: messageOf(error) });
+  }
+  return entry;
+}
+
+async function runBatch(loaded, golden) {
+  if (golden.batch === 1 || loaded.dynamicBatch) return (await loaded.run(golden.inputs)).outputs;
+  const parts = [];
+  for (let i = 0; i < golden.batch; i++) {
+    const feeds = {};
+    for (const [name, tensor] of Object.entries(golden.inputs)) feeds[name] = sampleOf(tensor, i);
+    parts.push((await loaded.run(feeds)).outputs);
+  }
+  const outputs = {};
+  for (const [name, first] of Object.entries(parts[0])) {
+    const shape = [golden.batch, ...first.shape.slice(1)];
+    const data = new first.data.constructor(sizeOf(shape));
+    parts.forEach((p, i) => data.set(p[name].data, i * first.data.length));
+    outputs[name] = { dtype: first.dtype, shape, data };
+  }
+  return outputs;
+}
+
+function compareAbsolute(actual, golden, maxAbs) {
+  const found = compare(actual, golden, Infinity);
+  if (!found.ok) return found;
+  const ok = found.maxAbs <= maxAbs;
+  return { ...found, ok, reason: ok ? null : `${golden.name} is off by ${found.maxAbs.toExponential(2)}; at most ${maxAbs} is allowed` };
+}
+
+function worst(a, b) {
+  return a === null || b === null ? null : Math.max(a, b);
+}
