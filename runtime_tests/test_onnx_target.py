@@ -282,7 +282,7 @@ def test_model_too_large_for_one_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(target, "MAX_BYTES", 100)
     lowered = programs.program(programs.Plain().eval(), "own", shape=("batch", 3, 10))
-    with pytest.raises(ConversionError, match="weights have .* expected at most 100"):
+    with pytest.raises(ConversionError, match=r"weights have .* expected at most 100"):
         TARGET.convert(lowered, Options(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
