@@ -108,7 +108,15 @@ def bench_all(
         for name, artifact in artifacts.items():
             try:
                 session = TARGETS.get(name).load(artifact, threads=threads)
-                sessions[name] = stack.enter_context(session)
+                stack.enter_context(session)
+                if session.info.execution == "native":
+                    sessions[name] = session
+                else:
+                    reports[name] = LatencyReport(
+                        name,
+                        not_run=f"{session.info.label}: its time says nothing of a device.",
+                        fix=TARGETS.get(name).probe().fix,
+                    )
             except FlowExportError as error:
                 reports[name] = LatencyReport(name, not_run=error.message, fix=error.fix)
             except Exception as error:

@@ -28,7 +28,6 @@ from flowexport.core.errors import (
     ConversionError,
     FlowExportError,
     InputError,
-    UnavailableError,
 )
 from flowexport.core.hashing import sha256_tree, size_tree
 from flowexport.core.types import Artifact, Options, Precision, Session, TensorSpec
@@ -260,13 +259,14 @@ def test_other_paths_are_no_packages(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(platform.system() == "Darwin", reason="this machine has Core ML")
-def test_session_says_why_it_does_not_run_here(fp32: Artifact) -> None:
+def test_session_elsewhere_is_interpreted_and_says_so(fp32: Artifact) -> None:
     available = TARGET.probe()
-    assert available.converts and not available.runs
-    assert available.reason == "Core ML runs on macOS only"
-    with pytest.raises(UnavailableError, match="macOS only; this is Linux") as caught:
-        TARGET.load(fp32)
-    assert caught.value.exit_code == 5
+    assert available.converts and available.runs
+    assert available.reason is not None and "interpreted" in available.reason
+    with TARGET.load(fp32) as session:
+        assert session.info.execution == "interpreted"
+        assert session.info.label.endswith("(interpreted)")
+        assert session.info.details["mode"] == "exact"
 
 
 @pytest.mark.skipif(platform.system() != "Darwin", reason="needs Core ML, that is macOS")

@@ -1,4 +1,4 @@
-"""Runs a .mlpackage with Core ML itself, on macOS."""
+"""Runs a .mlpackage: with Core ML itself on macOS, interpreted elsewhere."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from flowexport.core.errors import InputError, UnavailableError
-from flowexport.core.types import Artifact, RuntimeInfo, Session
+from flowexport.core.errors import InputError
+from flowexport.core.types import Artifact, Precision, RuntimeInfo, Session
 from flowexport.targets.coreml.options import COMPUTE_UNITS
 from flowexport.targets.coreml.package import read_spec
 
-NO_RUNTIME = "Core ML runs on macOS only"
+INTERPRETED = "Core ML runs on macOS only; here its packages are interpreted"
 
 
 def on_macos() -> bool:
@@ -61,13 +61,16 @@ class CoreMLSession(Session):
 def open_session(artifact: Artifact, threads: int) -> Session:
     """Return the session that this machine has for Core ML packages.
 
+    On macOS that is Core ML. Elsewhere it is the reference interpreter of the
+    saved package, in its declared storage precision: its results are labelled
+    interpreted and are no evidence of a device's arithmetic or speed.
+
     Raises:
-        UnavailableError: there is no Core ML here.
         InputError: the package is corrupt.
     """
     if on_macos():
         return CoreMLSession(artifact, threads)
-    raise UnavailableError(
-        f"load coreml {artifact.model}: {NO_RUNTIME}; this is {platform.system()}.",
-        fix="run `flowexport verify BUNDLE --target coreml` on a Mac",
-    )
+    from flowexport.targets.coreml.interpreter import InterpreterSession, Mode
+
+    half = artifact.precision is Precision.FP16
+    return InterpreterSession(artifact, Mode.FP16 if half else Mode.EXACT)

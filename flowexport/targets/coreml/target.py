@@ -1,4 +1,4 @@
-"""The Core ML target: one ML Program package, batch 1, runnable on macOS."""
+"""The Core ML target: one ML Program package, batch 1."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
 from flowexport.targets.coreml.convert import require_dtypes, to_package
 from flowexport.targets.coreml.options import PRECISIONS, CoreMLOptions
-from flowexport.targets.coreml.session import NO_RUNTIME, on_macos, open_session
+from flowexport.targets.coreml.session import INTERPRETED, on_macos, open_session
 
 _INSTALL = "pip install 'flowexport[coreml]'"
 
 
 class CoreMLTarget:
-    """Converts with coremltools, runs with Core ML; see ``core.types.Target``."""
+    """Converts with coremltools, runs with Core ML or interpreted; see ``core.types.Target``."""
 
     name = "coreml"
     suffix = ".mlpackage"
     precisions = PRECISIONS
 
     def probe(self) -> Availability:
-        """Say whether coremltools is installed and whether this is a Mac."""
+        """Say whether coremltools is installed, and what runs its packages here."""
         if importlib.util.find_spec("coremltools") is None:
             return Availability(False, False, reason="not installed: coremltools", fix=_INSTALL)
-        runs = on_macos()
+        native = on_macos()
         return Availability(
             converts=True,
-            runs=runs,
+            runs=True,
             toolchain=_versions("coremltools", "torch"),
-            reason=None if runs else NO_RUNTIME,
-            fix=None if runs else "run `flowexport verify BUNDLE --target coreml` on a Mac",
+            reason=None if native else INTERPRETED,
+            fix=None if native else "run `flowexport verify BUNDLE --target coreml` on a Mac",
         )
 
     def validate(self, options: Options) -> None:
@@ -117,10 +117,9 @@ class CoreMLTarget:
         )
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
-        """Return a session on Core ML.
+        """Return a session on Core ML, or on the interpreter where there is no macOS.
 
         Raises:
-            UnavailableError: this is no Mac.
             InputError: the package is corrupt.
         """
         return open_session(artifact, threads)
