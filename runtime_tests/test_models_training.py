@@ -70,7 +70,7 @@ def test_augmentation_moves_images_a_little() -> None:
     torch.manual_seed(0)
     image = torch.zeros(64, 1, 32, 32)
     image[:, :, 14:18, 14:18] = 1
-    moved = shift_rotate(image)
+    (moved,) = shift_rotate(image)
     assert moved.shape == image.shape and not torch.equal(moved, image)
     rows = torch.arange(32) + 0.0
     centre = (moved.sum((1, 3)) * rows).sum(1) / moved.sum((1, 2, 3))
