@@ -12,6 +12,7 @@ from flowexport.core.errors import InputError
 from flowexport.core.types import Artifact, Precision, RuntimeInfo, Session
 from flowexport.targets.coreml.options import COMPUTE_UNITS
 from flowexport.targets.coreml.package import read_spec
+from flowexport.targets.coreml.sdk import quiet
 
 INTERPRETED = "Core ML runs on macOS only; here its packages are interpreted"
 
@@ -68,6 +69,7 @@ def open_session(artifact: Artifact, threads: int) -> Session:
     Raises:
         InputError: the package is corrupt.
     """
+    quiet()
     if on_macos():
         return CoreMLSession(artifact, threads)
     from flowexport.targets.coreml.interpreter import InterpreterSession, Mode
