@@ -359,7 +359,10 @@ def run(arguments: argparse.Namespace) -> tuple[Result, bool]:
     (timed_variant,) = _names("variant", arguments.timed_variant, VARIANTS)
     (timed_dtype,) = _names("dtype", arguments.timed_dtype, TOLERANCE)
     if arguments.repeats < 1 or arguments.max_tokens < 1:
-        raise InputError("benchmark kernel: --repeats and --max-tokens must be at least 1.")
+        raise InputError(
+            f"benchmark kernel: --repeats is {arguments.repeats} and --max-tokens"
+            f" {arguments.max_tokens}; expected at least 1."
+        )
     capability = None if arguments.host else _require_gpu()
     path = arguments.library or (build_cuda((capability,)) if capability else build_host())
     library = KernelLibrary(path)

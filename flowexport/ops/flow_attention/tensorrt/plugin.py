@@ -1,6 +1,6 @@
 """``flowexport::FlowAttention`` version 1 as a Python TensorRT plugin (IPluginV3, V3ONE).
 
-The C++ library in ``plugin/`` is the same plugin, same fields, same kernel;
+The C++ library in ``plugin_cpp/`` is the same plugin, same fields, same kernel;
 this one needs no TensorRT headers, so it is what the builder registers where
 the library is not there. It works with ``tensorrt`` and ``tensorrt_rtx``.
 
@@ -349,7 +349,8 @@ def _creator_class(trt: Any) -> type:
                     embedded = kernels.library.read_bytes()
                     kernels.embedded_once = True
             else:
-                source = bytes(found[_SOURCE]).decode().rstrip("\0")
+                # The C++ plugin writes no hash: its kernel is built in.
+                source = bytes(found.get(_SOURCE, b"")).decode().rstrip("\0") or source_hash()
                 embedded = bytes(found.get(_CODE, b""))
                 kernels.embedded = embedded or kernels.embedded
             return _plugin_class(trt)(variant, kernels, source, embedded)
