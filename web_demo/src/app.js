@@ -3,7 +3,7 @@
 import { ASSETS } from "./assets.js";
 import { BACKENDS, Backends, backend } from "./backends/index.js";
 import { choices, el } from "./dom.js";
-import { describe, power, probe } from "./environment.js";
+import { describe, power, probe, probeGpu } from "./environment.js";
 import { keepOffline } from "./offline.js";
 import { Package } from "./package.js";
 import { Report } from "./report.js";
@@ -23,11 +23,12 @@ class App {
   #live = new Map();
   #testRun = Promise.resolve();
 
-  constructor(pack, env, description) {
+  constructor(pack, env, description, backends) {
     this.pack = pack;
     this.env = env;
     this.description = description;
-    this.backends = new Backends(pack, env);
+    this.backends = backends;
+    this.backends.pack = pack;
     this.report = new Report(pack, ASSETS.versions.demo);
     this.liveBackend = BACKENDS[0].id;
   }
@@ -195,11 +196,17 @@ function offlineFiles(pack) {
 
 async function main() {
   wireTabs();
-  const env = await probe();
+  const env = probe();
+  const backends = new Backends(env);
+  // The runtime starts while the package is opened; its failure is told where it is used.
+  backends.runtime(BACKENDS[0].id, 1).catch(() => {});
   if (!env.simd) notice("bad", "simd", env.wasm ? "This browser has no WebAssembly SIMD. No runtime can start, so nothing here gives an answer. A browser of 2021 or later has it." : "This browser has no WebAssembly, so no model can run.");
   if (!env.isolated) notice("warn", "threads", "The page is not cross-origin isolated, so each runtime has one thread. `flowexport demo` on localhost, or https with COOP and COEP headers, gives threads.");
-  const [pack, description] = await Promise.all([Package.open(new URL("package/", document.baseURI)), describe(env)]);
-  const app = new App(pack, env, description);
+  const [pack, description] = await Promise.all([
+    Package.open(new URL("package/", document.baseURI)),
+    probeGpu(env).then(() => describe(env)),
+  ]);
+  const app = new App(pack, env, description, backends);
   const views = {};
   const image = pack.ofTask("image-classification");
   const series = pack.ofTask("time-series-classification");

@@ -3,7 +3,7 @@
 import { backend } from "./backends/index.js";
 import { memoryBytes, power } from "./environment.js";
 import { latencyOf } from "./report.js";
-import { summarise } from "./statistics.js";
+import { scorePredictions, summarise } from "./statistics.js";
 
 const MEMORY_MS = 4000;
 
@@ -24,7 +24,9 @@ export async function measure(app, setting, what, options) {
     const before = await memoryBytes(MEMORY_MS);
     const loaded = await app.backends.model(spec.id, threads, model.files, model.id);
     const run = app.report.run({ ...noted, loaded });
-    const [golden] = await app.pack.preprocessingGoldens(model);
+    const goldens = await app.pack.preprocessingGoldens(model);
+    // The largest raw sample: a whole drawing, an utterance of full length.
+    const golden = goldens.reduce((a, b) => (b.raw.data.length > (a?.raw.data.length ?? 0) ? b : a), null);
     if (!golden) throw new Error(`${model.id} has no raw sample to begin from`);
     const request = {
       source: golden.source,
@@ -75,16 +77,4 @@ export async function accuracy(app, setting, options) {
     app.report.run(noted).errors.push({ stage: "evaluation", message: error.message });
     throw error;
   }
-}
-
-/** Count what is right, and what is as the float64 reference predicts; null is neither. */
-export function scorePredictions(predictions, evaluation) {
-  let correct = 0;
-  let agreeing = 0;
-  predictions.forEach((p, i) => {
-    if (p === null) return;
-    if (p === evaluation.targets[i]) correct += 1;
-    if (p === evaluation.reference_top1[i]) agreeing += 1;
-  });
-  return { correct, agreeing, samples: evaluation.samples, complete: predictions.length === evaluation.samples };
 }

@@ -5,18 +5,24 @@ const SIMD = new Uint8Array([
   0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11,
 ]);
 
-export async function probe() {
-  const simd = typeof WebAssembly === "object" && WebAssembly.validate(SIMD);
-  const adapter = await withTimeout(navigator.gpu?.requestAdapter?.().catch(() => null), 1500);
+/** What is known at once; `probeGpu` adds the rest. */
+export function probe() {
   return {
     wasm: typeof WebAssembly === "object",
-    simd,
+    simd: typeof WebAssembly === "object" && WebAssembly.validate(SIMD),
     isolated: Boolean(globalThis.crossOriginIsolated),
     cores: navigator.hardwareConcurrency ?? null,
-    webgpu: Boolean(adapter),
-    gpu: adapter?.info ? [adapter.info.vendor, adapter.info.architecture].filter(Boolean).join(" ") || null : null,
+    webgpu: false,
+    gpu: null,
     clockMs: clockResolution(),
   };
+}
+
+/** Ask for a WebGPU adapter and note it in `env`. */
+export async function probeGpu(env) {
+  const adapter = await withTimeout(navigator.gpu?.requestAdapter?.().catch(() => null), 1500);
+  env.webgpu = Boolean(adapter);
+  env.gpu = [adapter?.info?.vendor, adapter?.info?.architecture].filter(Boolean).join(" ") || null;
 }
 
 /** Thread counts worth offering: one, and up to the cores (8 at most). */

@@ -48,6 +48,17 @@ export function applySteps(steps, raw) {
 const OPERATIONS = {
   scale: (value, step) => ({ shape: value.shape, data: value.data.map((v) => v * step.factor) }),
 
+  normalise(value, step) {
+    const count = value.shape.at(-1) ?? 0;
+    if (step.mean.length !== count || step.std.length !== count) {
+      throw new PreprocessError(
+        `normalise has ${step.mean.length} means and ${step.std.length} deviations; expected ${count} of each.`,
+      );
+    }
+    const data = value.data.map((v, i) => (v - step.mean[i % count]) / step.std[i % count]);
+    return { shape: value.shape, data };
+  },
+
   crop_to_ink(value, step) {
     const [height, width] = plane(value, step);
     let top = height, bottom = -1, left = width, right = -1;

@@ -88,3 +88,15 @@ export function histogram(samples, bins) {
   }
   return { low, high, counts };
 }
+
+/** Count what is right, and what is as the float64 reference predicts; null is neither. */
+export function scorePredictions(predictions, evaluation) {
+  let correct = 0;
+  let agreeing = 0;
+  predictions.forEach((p, i) => {
+    if (p === null) return;
+    if (p === evaluation.targets[i]) correct += 1;
+    if (p === evaluation.reference_top1[i]) agreeing += 1;
+  });
+  return { correct, agreeing, samples: evaluation.samples, complete: predictions.length === evaluation.samples };
+}

@@ -125,9 +125,10 @@ export class Runtime {
 export class Backends {
   #runtimes = new Map();
 
-  constructor(pack, env) {
-    this.pack = pack;
+  /** Set `pack` before a model is asked for; runtimes start without it. */
+  constructor(env) {
     this.env = env;
+    this.pack = null;
   }
 
   /** Why a backend cannot run here at all, or null. */

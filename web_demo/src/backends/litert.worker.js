@@ -23,6 +23,8 @@ serve({
     self.Module = {
       locateFile: (file) => options.folder + file,
       mainScriptUrlOrBlob: options.folder + script,
+      // LiteRT logs everything to stderr; only what is worse than a warning is an error here.
+      printErr: (line) => (/^(INFO|WARNING|VERBOSE)/.test(line) ? console.debug(line) : console.error(line)),
     };
     await loadLiteRt(options.folder, { threads: threads > 1 });
     return {

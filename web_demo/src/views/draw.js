@@ -38,7 +38,7 @@ export class DrawView {
     this.seen = el("canvas.seen", { width: 32, height: 32, role: "img", "aria-label": "The image as the model gets it" });
     this.timing = el("p.timing", {}, " ");
     this.error = el("p.alert", { role: "alert", hidden: true });
-    const more = el("button.quiet", { type: "button", onclick: () => this.#otherSamples() }, "Other test images");
+    const more = el("button.quiet", { type: "button", onclick: () => this.#otherSamples() }, "More images");
 
     this.canvas.addEventListener("pointerdown", (e) => this.#begin(e));
     this.canvas.addEventListener("pointermove", (e) => this.#move(e));
@@ -166,7 +166,7 @@ export class DrawView {
       const small = new OffscreenCanvas(side, side);
       paintInk(small, sampleOf(image, this.#sample).data, side, colour("ink"));
       context.imageSmoothingQuality = "high";
-      context.drawImage(small, width * 0.1, width * 0.1, width * 0.8, width * 0.8);
+      context.drawImage(small, 0, 0, width, width);
     }
     this.#drawStrokes(context, width / SIDE, colour("ink"));
     for (const button of this.samples.children) {

@@ -6,7 +6,7 @@
  */
 
 import { el, field, millis, percent, choices, sharpContext, colour } from "../dom.js";
-import { makeInputs } from "../preprocess.js";
+import { sampleOf } from "../package.js";
 import { argmax, softmax } from "../statistics.js";
 import { Stream } from "../streaming.js";
 import { Bars } from "./bars.js";
@@ -66,7 +66,7 @@ export class ListenView {
     try {
       this.evaluation = await this.app.pack.evaluation(this.model);
       if (!this.evaluation) throw new Error("the package has no utterances for it");
-      if (!this.source) throw new Error("the package does not say how an utterance becomes an input");
+      this.roles = rolesOf(this.source);
       await this.#openStream();
     } catch (error) {
       this.fail(error);
@@ -94,12 +94,11 @@ export class ListenView {
   /** Take an utterance: the recorded steps are those whose mask is one. */
   async open(index) {
     this.pause();
-    const [x] = Object.values(this.evaluation.inputs).filter((t) => t.shape.length === 3);
-    const mask = Object.values(this.evaluation.inputs).find((t) => t.shape.length === 2);
+    const x = sampleOf(this.evaluation.inputs[this.roles.series.name], index);
+    const mask = this.roles.mask ? sampleOf(this.evaluation.inputs[this.roles.mask.name], index) : null;
     const [, steps, channels] = x.shape;
-    const kept = mask ? mask.data.slice(index * steps, (index + 1) * steps).reduce((a, b) => a + b, 0) : steps;
-    const from = index * steps * channels;
-    this.#utterance = { index, length: kept, channels, data: x.data.slice(from, from + kept * channels) };
+    const kept = mask ? mask.data.reduce((a, b) => a + b, 0) : steps;
+    this.#utterance = { index, length: kept, channels, data: x.data.slice(0, kept * channels), x, mask };
     this.pick.value = String(index);
     this.scrub.max = String(kept);
     this.chart.setAttribute("aria-label", `${channels} channels of utterance ${index + 1} over ${kept} frames, spoken by ${this.model.labels[this.evaluation.targets[index]]}`);
@@ -165,7 +164,7 @@ export class ListenView {
     try {
       const belief = this.#stream
         ? await this.#stream.step(data.subarray(this.#heard * channels, count * channels)).then(({ values, ms }) => ({ logits: values, ms, label: this.#stream.loaded.info.name }))
-        : await this.#prefix({ shape: [count, channels], data: data.subarray(0, count * channels) });
+        : await this.#prefix(count);
       if (turn !== this.#turn) return false;
       if (argmax(belief.logits) < 0) throw new Error("the model's output is not finite");
       this.#heard = count;
@@ -181,8 +180,12 @@ export class ListenView {
     }
   }
 
-  async #prefix(raw) {
-    const feeds = makeInputs(this.source, raw, this.model.inputs);
+  /** The utterance as the evaluation gives it, everything behind `count` frames padded. */
+  async #prefix(count) {
+    const { x, mask, channels } = this.#utterance;
+    const { series, mask: masked } = this.roles;
+    const feeds = { [series.name]: { ...x, data: x.data.slice().fill(series.fill, count * channels) } };
+    if (mask) feeds[masked.name] = { ...mask, data: mask.data.slice().fill(0, count) };
     const live = await this.app.live(this.model);
     const { outputs, ms } = await live.model.run(feeds);
     return { logits: outputs[this.model.evaluation.output].data, ms, label: live.label };
@@ -279,6 +282,22 @@ export class ListenView {
     this.confidence.textContent = "";
     this.bars.show(null);
   }
+}
+
+/**
+ * Which input is the series and which its mask, as the preprocessing's steps tell.
+ *
+ * @throws {Error} they do not pad one series
+ */
+export function rolesOf(source) {
+  const inputs = Object.entries(source?.inputs ?? {});
+  const padded = inputs.map(([name, steps]) => [name, steps.find((s) => s.op === "pad_end")]).filter(([, step]) => step);
+  const masks = inputs.filter(([, steps]) => steps.some((s) => s.op === "mask_of_length"));
+  if (padded.length !== 1 || inputs.length !== 1 + masks.length || masks.length > 1) {
+    throw new Error("the package does not say how an utterance becomes an input");
+  }
+  const [[name, step]] = padded;
+  return { series: { name, fill: step.fill }, mask: masks.length ? { name: masks[0][0] } : null };
 }
 
 function line(context, style, width, points) {

@@ -197,7 +197,7 @@ function findingRow(f) {
   const what = f.kind === "preprocessing" ? "preprocessing" : backend(f.backend).label;
   const verdict = f.ok ? badge("good", "PASS") : f.notRun ? badge("warn", "NOT RUN") : badge("bad", "FAIL");
   const passed = f.cases.filter((c) => c.ok).length;
-  const worst = f.kind === "preprocessing" ? Math.max(0, ...f.cases.map((c) => c.maxAbs ?? 0)) : f.maxRel;
+  const worst = f.kind === "preprocessing" ? worstOf(f.cases.map((c) => c.maxAbs)) : f.maxRel;
   const reason = f.error ?? f.cases.find((c) => !c.ok)?.reason ?? f.loaded?.info.reason ?? "";
   const bad = f.cases.find((c) => !c.ok);
   const allowed = f.loaded?.file.tolerance.max_rel ?? (f.kind === "preprocessing" ? f.allowed : null);
@@ -207,6 +207,11 @@ function findingRow(f) {
     el("td", {}, f.cases.length ? tiny(worst) : "–"), el("td", {}, tiny(allowed)),
     el("td", {}, f.loaded ? `${bytes(f.loaded.file.size_bytes)}, ${millis(f.loaded.load.coldMs)}` : "–"),
     el("td.reason", {}, bad && !f.error ? `${bad.source ? `${bad.source}, ` : ""}${bad.name}: ${reason}` : reason));
+}
+
+/** Largest of what was compared; null where a case could not be. */
+function worstOf(values) {
+  return values.includes(null) ? null : Math.max(...values);
 }
 
 function facts(pairs) {
