@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,11 @@ from flowexport.core.errors import InputError
 
 if TYPE_CHECKING:
     from flowexport.package import Package
+
+NO_SECURE_CONTEXT = (
+    "note: browsers give threads, WebGPU and offline use to https and loopback only;"
+    " over this address the page runs with one thread and says so."
+)
 
 
 def demo(
@@ -46,25 +52,25 @@ def demo(
         with open_server(
             Site.make(folder, package), host=host, port=port, verbose=verbose
         ) as server:
-            url = reachable_url(host, server.port)
-            models = [m["id"] for m in package.manifest["models"]]
-            if json:
-                print_json({"url": url, "package_sha256": package.sha256, "models": models})
-            else:
-                print(f"{', '.join(models)}: {url}\nCtrl-C stops it.")
-            if host is not None and not json:
-                _print_code(url)
-            if not is_loopback(host):
-                complain(
-                    "note: browsers give threads, WebGPU and offline use to https and loopback"
-                    " only; over this address the page runs with one thread and says so."
-                )
-            _flush()
             try:
+                if not is_loopback(host):
+                    complain(NO_SECURE_CONTEXT)
+                _announce(package, reachable_url(host, server.port), host, json)
                 server.serve_forever(poll_interval=0.1)
             except KeyboardInterrupt:
                 complain("stopped.")
     return 0
+
+
+def _announce(package: Package, url: str, host: str | None, json: bool) -> None:
+    models = [m["id"] for m in package.manifest["models"]]
+    if json:
+        print_json({"url": url, "package_sha256": package.sha256, "models": models})
+    else:
+        print(f"{', '.join(models)}: {url}\nCtrl-C stops it.")
+        if host is not None:
+            _print_code(url)
+    sys.stdout.flush()  # who reads a pipe waits for the address
 
 
 def _package(paths: list[Path], out: Path) -> Package:
@@ -98,9 +104,3 @@ def _print_code(url: str) -> None:
         complain("note: no QR code without segno. Fix: pip install 'flowexport[demo]'")
         return
     segno.make(url, error="m").terminal(compact=True)
-
-
-def _flush() -> None:
-    import sys
-
-    sys.stdout.flush()

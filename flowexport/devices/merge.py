@@ -195,7 +195,7 @@ def _document(
     difference = None
     if earlier is not None:
         difference = {
-            "against": {"name": Path(str(against)).name, "generated": earlier["generated"]},
+            "against": {"name": _name(Path(str(against))), "generated": earlier["generated"]},
             "rule": NOTE,
             "entries": compare_merges(rows, earlier),
         }
@@ -208,6 +208,11 @@ def _document(
         "rows": [r.to_json() for r in rows],
         "difference": difference,
     }
+
+
+def _name(against: Path) -> str:
+    place = against.resolve()
+    return place.name if place.is_dir() else f"{place.parent.name}/{place.name}"
 
 
 def _write(folder: Path, document: Mapping[str, Any], rows: Sequence[Row]) -> None:

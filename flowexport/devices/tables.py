@@ -13,7 +13,8 @@ COLUMNS = (
     "device", "client", "model", "format", "backend", "threads", "precision", "repetition",
     "verdict", "runtime", "agreement", "max_abs", "max_rel", "accuracy_verdict", "correct",
     "samples", "accuracy", "preprocessing", "latency", "runs", "p50_ms", "p90_ms", "p99_ms",
-    "min_ms", "cold_load_ms", "size_bytes", "peak_memory_bytes", "problems", "not_run", "source",
+    "min_ms", "min_over_desktop", "cold_load_ms", "size_bytes",
+    "peak_memory_bytes", "problems", "not_run", "source",
 )  # fmt: skip
 
 
@@ -23,7 +24,8 @@ def to_csv(document: Mapping[str, Any]) -> str:
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in document["rows"]:
-        writer.writerow({k: _cell(v) for k, v in _flat(row).items()})
+        flat = {**_flat(row), "min_over_desktop": over_desktop(document, row)}
+        writer.writerow({k: _cell(v) for k, v in flat.items()})
     return buffer.getvalue()
 
 
@@ -54,6 +56,26 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
         "not_run": "; ".join(row["gaps"]),
         "source": row["source"],
     }
+
+
+def over_desktop(document: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
+    """Return a row's fastest run over the fastest of the same file run natively on a desktop.
+
+    None for desktop rows, and where either has no usable times. It compares
+    runtimes only where both ran on one machine.
+    """
+    own = row["latency"]["statistics"]["latency_ms_min"]
+    if own is None or row["key"]["client"] == "desktop":
+        return None
+    natives = [
+        r["latency"]["statistics"]["latency_ms_min"]
+        for r in document["rows"]
+        if r["key"]["client"] == "desktop"
+        and r["facts"].get("execution") == "native"
+        and r["model_sha256"] == row["model_sha256"]
+    ]
+    fastest = min((n for n in natives if n), default=None)
+    return own / fastest if fastest else None
 
 
 def _cell(value: Any) -> Any:
@@ -88,8 +110,8 @@ def to_markdown(document: Mapping[str, Any]) -> str:
         rows = [r for r in document["rows"] if r["key"]["model"] == model]
         lines += _table(
             ["device · backend", "format", "verdict", "max rel", "accuracy", "p50 ms", "p99 ms",
-             "load ms", "size"],
-            [_markdown_row(r) for r in rows],
+             "min ms", "min ÷ desktop", "load ms", "size"],
+            [_markdown_row(document, r) for r in rows],
         )  # fmt: skip
         notes = [(r, p) for r in rows for p in r["problems"]]
         lines += [f"- **{_text(r['label'])}, {r['key']['format']}**: {_text(p)}" for r, p in notes]
@@ -99,7 +121,7 @@ def to_markdown(document: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown_row(row: Mapping[str, Any]) -> list[str]:
+def _markdown_row(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     times, accuracy = row["latency"]["statistics"], row["accuracy"]
     share = percent(accuracy["accuracy"])
     if accuracy["samples"]:
@@ -112,6 +134,8 @@ def _markdown_row(row: Mapping[str, Any]) -> list[str]:
         share,
         number(times["latency_ms_p50"]),
         number(times["latency_ms_p99"]),
+        number(times["latency_ms_min"]),
+        number(over_desktop(document, row)),
         number(row["facts"]["load"]["cold_ms"]),
         size(row["size_bytes"]),
     ]
@@ -130,7 +154,7 @@ def _difference(difference: Mapping[str, Any]) -> list[str]:
                 [
                     e["change"],
                     f"{e['key']['model']} {e['key']['format']}, {e['label']}",
-                    f"{e['metric']}: {e['note']}",
+                    what(e),
                     number(e["before"]),
                     number(e["after"]),
                     number(e["ratio"]),
@@ -140,6 +164,12 @@ def _difference(difference: Mapping[str, Any]) -> list[str]:
             ],
         )
     return [*lines, difference["rule"], ""]
+
+
+def what(entry: Mapping[str, Any]) -> str:
+    """Say which number of a row changed."""
+    metric, note = entry["metric"], entry["note"]
+    return str(note) if metric == "row" else f"{metric}: {note}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

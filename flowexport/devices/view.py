@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowexport.devices.tables import runtime
+from flowexport.devices.tables import over_desktop, runtime, what
 from flowexport.report import svg
 from flowexport.report.format import DASH, number, percent, size
 from flowexport.report.html import render_page
@@ -22,7 +22,7 @@ def render_comparison(document: Mapping[str, Any]) -> str:
 def _page(document: Mapping[str, Any]) -> dict[str, Any]:
     rows = document["rows"]
     models = [
-        _model(name, [r for r in rows if r["key"]["model"] == name])
+        _model(document, name, [r for r in rows if r["key"]["model"] == name])
         for name in dict.fromkeys(r["key"]["model"] for r in rows)
     ]
     counts = {v: sum(r["verdict"] == v for r in rows) for v in ("PASS", "FAIL", "NOT_RUN")}
@@ -42,11 +42,13 @@ def _page(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _model(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _model(
+    document: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     return {
         "name": name,
         "anchor": "model-" + "".join(c if c.isalnum() else "-" for c in name),
-        "rows": [_row(r) for r in rows],
+        "rows": [{**_row(r), "over": number(over_desktop(document, r))} for r in rows],
         "latency": _latency(rows),
         "errors": _errors(rows),
         "accuracy": _accuracy(rows),
@@ -190,6 +192,7 @@ def _difference(difference: Mapping[str, Any] | None) -> dict[str, Any] | None:
         {
             **e,
             "badge": CHANGE_CLASS.get(e["change"]),
+            "what": what(e),
             "where": f"{e['key']['model']} {e['key']['format']}, {e['label']}",
             "interval": "" if e["ci_low"] is None else f"{e['ci_low']:.2f} to {e['ci_high']:.2f}",
         }

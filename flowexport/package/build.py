@@ -203,6 +203,8 @@ class _Model:
 
     def _file(self, target: str, artifact: Artifact, report: ParityReport | None) -> dict[str, Any]:
         place = self.folder / f"{self.name}{artifact.path.suffix}"
+        if place.exists():  # two targets may write one kind of file
+            place = self.folder / f"{self.name}.{target}{artifact.path.suffix}"
         parts = None
         if artifact.path.is_dir():
             shutil.copytree(artifact.path, place)
