@@ -181,7 +181,7 @@ class Row:
     @property
     def gaps(self) -> list[str]:
         """Return what was not run, with its reason."""
-        parts = {
+        parts: dict[str, Agreement | Accuracy | InputCheck | Timing] = {
             "outputs": self.agreement,
             "accuracy": self.accuracy,
             "preprocessing": self.preprocessing,
