@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flowexport.ops.flow_attention import VARIANTS, FlowVariant, flow_attention
+from flowexport.ops.flow_attention.streaming import FlowState, step
 
 
 class FlowAttention(nn.Module):
@@ -42,6 +43,14 @@ class FlowAttention(nn.Module):
         k = self.key_projection(keys).unflatten(-1, self.heads)
         v = self.value_projection(values).unflatten(-1, self.heads)
         return self.out_projection(flow_attention(q, k, v, self.variant).flatten(2))
+
+    def step(self, x: Tensor, state: FlowState) -> tuple[Tensor, FlowState]:
+        """Attend from one step to those before it: (B, d_input) -> (B, d_output), next state."""
+        q = self.query_projection(x).unflatten(-1, self.heads)
+        k = self.key_projection(x).unflatten(-1, self.heads)
+        v = self.value_projection(x).unflatten(-1, self.heads)
+        result, state = step(q, k, v, state, self.variant)
+        return self.out_projection(result.flatten(1)), state
 
 
 class FusedFlowAttention(nn.Module):

@@ -14,6 +14,7 @@ from flowexport_models.data import (
     DIGITS_PREPROCESSING,
     JAPANESE_VOWELS_LABELS,
     JAPANESE_VOWELS_PREPROCESSING,
+    JAPANESE_VOWELS_STREAM_PREPROCESSING,
 )
 
 from flowexport.core.errors import InputError, UnknownNameError
@@ -36,6 +37,11 @@ FAMILIES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "flowexport_models.flowformer_timeseries",
             "FlowformerTimeSeries",
             "FlowformerTimeSeriesConfig",
+        ),
+        "flowformer-causal-timeseries": (
+            "flowexport_models.flowformer_causal_timeseries",
+            "FlowformerCausalTimeSeries",
+            "FlowformerCausalTimeSeriesConfig",
         ),
         "flowformer-gpt": (
             "flowexport_models.flowformer_gpt",
@@ -145,6 +151,20 @@ _SPECS = (
         dataset="japanese-vowels-test",
         paper=PAPER,
         description="speaker of two Japanese vowels (UEA), 29x12, trained weights shipped",
+    ),
+    ModelSpec(
+        name="flowformer-causal-timeseries-japanese-vowels",
+        build=EntryPoint(
+            "flowexport_models.flowformer_causal_timeseries",
+            "flowformer_causal_timeseries_japanese_vowels",
+        ),
+        inputs=(TensorSpec("x", ("batch", 29, 12)),),
+        labels=JAPANESE_VOWELS_LABELS,
+        preprocessing=dict(JAPANESE_VOWELS_STREAM_PREPROCESSING),
+        weights=WEIGHTS / "flowformer-causal-timeseries-japanese-vowels.safetensors",
+        dataset="japanese-vowels-stream-test",
+        paper=PAPER,
+        description="speaker of two Japanese vowels after every frame, trained weights shipped",
     ),
 )
 

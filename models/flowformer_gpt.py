@@ -14,11 +14,19 @@ from typing import Any
 
 from flowexport_models.attention import FlowAttention
 from flowexport_models.config import check_heads, check_int, check_number, clamp_bounds
+from flowexport_models.streaming import (
+    STEPS_SEEN,
+    CausalModel,
+    attention_specs,
+    attention_state,
+    named_state,
+)
 from torch import Tensor, nn
 
 from flowexport.core.errors import InputError, UnknownNameError
 from flowexport.core.types import TensorSpec
 from flowexport.ops.flow_attention import VARIANTS
+from flowexport.ops.flow_attention.streaming import FlowState
 
 FAMILY = "flowformer-gpt"
 
@@ -88,8 +96,14 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(y, y, y))
         return x + self.mlp(self.ln_2(x))
 
+    def step(self, x: Tensor, state: FlowState) -> tuple[Tensor, FlowState]:
+        """Compute one token, (B, n_embd), and the next state."""
+        y, state = self.attn.step(self.ln_1(x), state)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), state
 
-class FlowformerGPT(nn.Module):
+
+class FlowformerGPT(CausalModel):
     """Causal language model.
 
     Args:
@@ -99,6 +113,7 @@ class FlowformerGPT(nn.Module):
     def __init__(self, config: FlowformerGPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.max_steps = config.block_size
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -135,6 +150,32 @@ class FlowformerGPT(nn.Module):
         for block in self.transformer["h"]:
             x = block(x)
         return self.lm_head(self.transformer["ln_f"](x))
+
+    def state_specs(self) -> tuple[TensorSpec, ...]:
+        layers = (
+            spec
+            for i, block in enumerate(self.transformer["h"])
+            for spec in attention_specs(
+                f"layer{i}", block.attn.variant, *block.attn.heads, block.attn.heads[1]
+            )
+        )
+        return (*layers, TensorSpec(STEPS_SEEN, (1,)))
+
+    def step(self, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Predict the next token from one, (B,) integer, and all before it.
+
+        Returns:
+            Logits (B, vocab_size), and the next state. The caller keeps the
+            stream within ``block_size``: a graph cannot refuse a position.
+        """
+        position = self.transformer["wpe"](state[STEPS_SEEN].long())
+        hidden = self.transformer["wte"](x) + position
+        following: dict[str, Tensor] = {}
+        for i, block in enumerate(self.transformer["h"]):
+            hidden, own = block.step(hidden, attention_state(f"layer{i}", state))
+            following |= named_state(f"layer{i}", own)
+        following[STEPS_SEEN] = state[STEPS_SEEN] + 1
+        return self.lm_head(self.transformer["ln_f"](hidden)), following
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -257,6 +257,8 @@ class Dataset:
         targets: integer class of each sample, (samples,), int64.
         labels: class names in output order.
         attribution: source and licence, one line.
+        lengths: real steps of each sample, (samples,), int64, where a model
+            answers after every step; None elsewhere.
     """
 
     name: str
@@ -264,6 +266,7 @@ class Dataset:
     targets: np.ndarray
     labels: tuple[str, ...]
     attribution: str
+    lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.targets)

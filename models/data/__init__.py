@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +42,15 @@ JAPANESE_VOWELS_PREPROCESSING = MappingProxyType(
         "padding_mask": "1.0 on recorded steps, 0.0 on padded ones",
         "max_steps": JAPANESE_VOWELS_STEPS,
         "sources": series_sources(JAPANESE_VOWELS_STEPS, JAPANESE_VOWELS_MEAN, JAPANESE_VOWELS_STD),
+    }
+)
+
+JAPANESE_VOWELS_STREAM_PREPROCESSING = MappingProxyType(
+    {
+        "x": "12 LPC cepstrum coefficients a frame: (value - mean) / std; zeros behind the last",
+        "mean": list(JAPANESE_VOWELS_MEAN),
+        "std": list(JAPANESE_VOWELS_STD),
+        "max_steps": JAPANESE_VOWELS_STEPS,
     }
 )
 
@@ -131,6 +141,17 @@ def japanese_vowels(split: str) -> Dataset:
     )
 
 
+def japanese_vowels_stream(split: str) -> Dataset:
+    """Load JapaneseVowels for causal models: ``x`` alone, the real steps in ``lengths``."""
+    whole = japanese_vowels(split)
+    return replace(
+        whole,
+        name=f"japanese-vowels-stream-{split}",
+        inputs={"x": whole.inputs["x"]},
+        lengths=whole.inputs["padding_mask"].sum(axis=1).astype(np.int64),
+    )
+
+
 def digits(split: str) -> Dataset:
     """Load scikit-learn's digits as 32x32 images: 1437 to train on, 360 held out.
 
@@ -162,6 +183,8 @@ DATASETS: Mapping[str, Callable[[], Dataset]] = MappingProxyType(
     {
         "japanese-vowels-train": partial(japanese_vowels, "train"),
         "japanese-vowels-test": partial(japanese_vowels, "test"),
+        "japanese-vowels-stream-train": partial(japanese_vowels_stream, "train"),
+        "japanese-vowels-stream-test": partial(japanese_vowels_stream, "test"),
         "digits-train": partial(digits, "train"),
         "digits-test": partial(digits, "test"),
     }
