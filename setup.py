@@ -12,6 +12,6 @@ for name, folder in RENAMED.items():
 setup(
     packages=packages,
     package_dir={"flowexport": "flowexport", **RENAMED},
-    package_data={"": ["py.typed", *(f"*.{suffix}" for suffix in DATA)]},
+    package_data={"": ["py.typed", *(f"**/*.{suffix}" for suffix in DATA)]},
     include_package_data=False,
 )
