@@ -165,6 +165,7 @@ _SPECS = (
         dataset="japanese-vowels-stream-test",
         paper=PAPER,
         description="speaker of two Japanese vowels after every frame, trained weights shipped",
+        streaming=True,
     ),
 )
 

@@ -140,17 +140,15 @@ class FlowformerCausalTimeSeries(CausalModel):
         count = torch.arange(1, length + 1, dtype=x.dtype, device=x.device).unsqueeze(1)
         return self.head(self.dropout(prefix_sum(self.norm(hidden)) / count))
 
+    def _layers(self) -> list[CausalLayer]:
+        return [layer for layer in self.layers if isinstance(layer, CausalLayer)]
+
     def state_specs(self) -> tuple[TensorSpec, ...]:
         config = self.config
         layers = (
             spec
-            for i, layer in enumerate(self.layers)
-            for spec in attention_specs(
-                f"layer{i}",
-                layer.attention.variant,
-                *layer.attention.heads,
-                layer.attention.heads[1],
-            )
+            for i, layer in enumerate(self._layers())
+            for spec in attention_specs(f"layer{i}", layer.attention)
         )
         return (
             TensorSpec("frames", ("batch", config.window - 1, config.feat_dim)),
@@ -164,7 +162,7 @@ class FlowformerCausalTimeSeries(CausalModel):
         frames = torch.cat([state["frames"], x.unsqueeze(1)], dim=1)
         following = {"frames": frames[:, 1:]}
         hidden = self.project(frames.flatten(1))
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._layers()):
             hidden, own = layer.step(hidden, attention_state(f"layer{i}", state))
             following |= named_state(f"layer{i}", own)
         following["pool_sum"] = state["pool_sum"] + self.norm(hidden)

@@ -151,13 +151,14 @@ class FlowformerGPT(CausalModel):
             x = block(x)
         return self.lm_head(self.transformer["ln_f"](x))
 
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.transformer["h"] if isinstance(block, Block)]
+
     def state_specs(self) -> tuple[TensorSpec, ...]:
         layers = (
             spec
-            for i, block in enumerate(self.transformer["h"])
-            for spec in attention_specs(
-                f"layer{i}", block.attn.variant, *block.attn.heads, block.attn.heads[1]
-            )
+            for i, block in enumerate(self._blocks())
+            for spec in attention_specs(f"layer{i}", block.attn)
         )
         return (*layers, TensorSpec(STEPS_SEEN, (1,)))
 
@@ -171,7 +172,7 @@ class FlowformerGPT(CausalModel):
         position = self.transformer["wpe"](state[STEPS_SEEN].long())
         hidden = self.transformer["wte"](x) + position
         following: dict[str, Tensor] = {}
-        for i, block in enumerate(self.transformer["h"]):
+        for i, block in enumerate(self._blocks()):
             hidden, own = block.step(hidden, attention_state(f"layer{i}", state))
             following |= named_state(f"layer{i}", own)
         following[STEPS_SEEN] = state[STEPS_SEEN] + 1

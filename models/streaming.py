@@ -11,12 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
+from flowexport_models.attention import FlowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowexport.core.errors import InputError
 from flowexport.core.types import TensorSpec
-from flowexport.ops.flow_attention import FlowVariant
 from flowexport.ops.flow_attention.causal import CHUNK, exclusive_prefix
 from flowexport.ops.flow_attention.streaming import FlowState
 
@@ -60,21 +60,20 @@ class CausalModel(nn.Module, ABC):
         }
 
 
-def attention_specs(
-    prefix: str, variant: FlowVariant, heads: int, width: int, value_width: int
-) -> tuple[TensorSpec, ...]:
+def attention_specs(prefix: str, attention: FlowAttention) -> tuple[TensorSpec, ...]:
     """Return the state of one causal Flow-Attention, without the count of steps.
 
     Raises:
         InputError: the variant is not causal, or has no clamp: its reset state is not zeros.
     """
+    variant, (heads, width) = attention.variant, attention.heads
     if not variant.causal or variant.needs_maximum:
         raise InputError(
             f"build {prefix}: the attention's variant is {variant}; expected a causal one with a"
             " clamp."
         )
     sums = [(name, (width,)) for name in ("k_sum", "q_sum", "k_flow", "q_flow")]
-    shapes = [*sums, ("weight_sum", (1,)), ("context", (width, value_width))]
+    shapes = [*sums, ("weight_sum", (1,)), ("context", (width, width))]
     return tuple(TensorSpec(f"{prefix}_{n}", ("batch", heads, *shape)) for n, shape in shapes)
 
 

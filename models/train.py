@@ -217,11 +217,11 @@ def train(
     for epoch in range(1, task.epochs + 1):
         total = 0.0
         for chosen in torch.randperm(len(targets)).split(task.batch):
-            batch = tuple(x[chosen] for x in inputs)
+            batch: tuple[Tensor, ...] = tuple(x[chosen] for x in inputs)
             if task.augment is not None:
                 batch = AUGMENTATIONS[task.augment](*batch)
             if data.lengths is not None:
-                *batch, mask = batch
+                batch, mask = batch[:-1], batch[-1]
             loss = _loss(module(*batch), targets[chosen], mask, task.label_smoothing)
             optimizer.zero_grad()
             loss.backward()

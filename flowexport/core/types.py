@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from flowexport.core.errors import InputError
+from flowexport.core.errors import InputError, UnknownNameError
 
 Dim = int | str
 """A size, or the name of a dynamic dimension (``"batch"``)."""
@@ -97,6 +97,54 @@ class Options:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+FORWARD, STEP = "forward", "step"
+"""Names of a causal model's functions; ``forward_<length>`` is forward at another length."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """One more function of an artifact: a causal model's ``step``, or another length's forward.
+
+    Attributes:
+        path: the file that holds it: the artifact's own, or one beside it.
+        state: state input -> the output that is its next value; empty for a forward.
+    """
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    state: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def state_specs(self) -> tuple[TensorSpec, ...]:
+        """Return the inputs that are state."""
+        return tuple(s for s in self.inputs if s.name in self.state)
+
+    def to_json(self, root: Path) -> dict[str, Any]:
+        """Return the manifest's entry, with ``path`` relative to ``root``."""
+        return {
+            "path": self.path.relative_to(root).as_posix(),
+            "sha256": self.sha256,
+            "size_bytes": self.size_bytes,
+            "inputs": [s.to_json() for s in self.inputs],
+            "outputs": [s.to_json() for s in self.outputs],
+            "state": dict(self.state),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], root: Path) -> Function:
+        return cls(
+            path=root / str(data["path"]),
+            sha256=str(data["sha256"]),
+            size_bytes=int(data["size_bytes"]),
+            inputs=tuple(TensorSpec.from_json(s) for s in data["inputs"]),
+            outputs=tuple(TensorSpec.from_json(s) for s in data["outputs"]),
+            state=dict(data["state"]),
+        )
+
+
 @dataclass(frozen=True)
 class Artifact:
     """One finished file (or folder) of one target.
@@ -105,6 +153,8 @@ class Artifact:
     ``fusions`` counts fused operators *found in the finished file*.
     ``details`` holds what the target records of itself (opset, layer table,
     delegation, whether a rebuild gives the same bytes and why not).
+    ``functions`` are those of a causal model beside its ``forward``; ``entry``
+    names the one that this value stands for (see :meth:`function`).
     """
 
     target: str
@@ -121,10 +171,35 @@ class Artifact:
     toolchain: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    functions: Mapping[str, Function] = field(default_factory=dict)
+    entry: str = FORWARD
+
+    def function(self, name: str) -> Artifact:
+        """Return the artifact as one of its functions, which a target then loads.
+
+        Raises:
+            UnknownNameError: there is no such function.
+        """
+        if name == self.entry:
+            return self
+        if name not in self.functions:
+            where = f"artifact {self.target} {self.model}"
+            raise UnknownNameError("function", name, (self.entry, *self.functions), where=where)
+        chosen = self.functions[name]
+        return replace(
+            self,
+            path=chosen.path,
+            sha256=chosen.sha256,
+            size_bytes=chosen.size_bytes,
+            inputs=chosen.inputs,
+            outputs=chosen.outputs,
+            entry=name,
+        )
 
     def to_json(self, root: Path) -> dict[str, Any]:
         """Return the manifest's entry, with ``path`` relative to ``root``."""
-        data = asdict(self)
+        data = asdict(replace(self, functions={}))
+        data["functions"] = {n: f.to_json(root) for n, f in self.functions.items()}
         data["path"] = self.path.relative_to(root).as_posix()
         data["precision"] = self.precision.value
         data["inputs"] = [s.to_json() for s in self.inputs]
@@ -138,6 +213,8 @@ class Artifact:
         fields["precision"] = Precision(data["precision"])
         fields["inputs"] = tuple(TensorSpec.from_json(s) for s in data["inputs"])
         fields["outputs"] = tuple(TensorSpec.from_json(s) for s in data["outputs"])
+        entries = dict(data.get("functions") or {})
+        fields["functions"] = {n: Function.from_json(f, root) for n, f in entries.items()}
         return cls(**fields)
 
 
@@ -286,6 +363,7 @@ class ModelSpec:
         weights: absolute path of the shipped trained weights, or None.
         dataset: name of the evaluation data set, or None.
         paper: citation of the architecture.
+        streaming: whether it is causal and exported with a ``step`` unless the recipe says no.
     """
 
     name: str
@@ -298,3 +376,4 @@ class ModelSpec:
     dataset: str | None = None
     paper: str = ""
     description: str = ""
+    streaming: bool = False

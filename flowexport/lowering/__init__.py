@@ -2,12 +2,16 @@
 
 from flowexport.lowering.program import LoweredProgram, decompose, find_attentions, lower
 from flowexport.lowering.specialise import require_static, specialise
+from flowexport.lowering.streaming import StreamingModule, check_streaming, lower_streaming
 
 __all__ = [
     "LoweredProgram",
+    "StreamingModule",
+    "check_streaming",
     "decompose",
     "find_attentions",
     "lower",
+    "lower_streaming",
     "require_static",
     "specialise",
 ]

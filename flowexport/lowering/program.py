@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class LoweredProgram:
         labels: class names in output order, or empty.
         preprocessing: how samples become inputs, as the evaluation does it.
         recipe_sha256: hash of the recipe that made it.
+        functions: of a causal model: ``step``, and ``forward_<length>`` for other lengths.
+        state: of a ``step``: state input -> the output that is its next value.
     """
 
     model: str
@@ -55,6 +58,8 @@ class LoweredProgram:
     labels: tuple[str, ...] = ()
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     recipe_sha256: str = ""
+    functions: Mapping[str, LoweredProgram] = field(default_factory=dict)
+    state: Mapping[str, str] = field(default_factory=dict)
 
     def example(self, **sizes: int) -> tuple[torch.Tensor, ...]:
         """Return one tensor of zeros an input; named dimensions not given are 1."""
@@ -64,7 +69,12 @@ class LoweredProgram:
         )
 
     def save(self, path: Path) -> None:
-        """Write the program to one ``.pt2`` file (for a converter's child process)."""
+        """Write the program to a ``.pt2`` file, its functions to one each beside it.
+
+        For a converter's child process.
+        """
+        for name, function in self.functions.items():
+            function.save(_beside(path, name))
         header = {
             "model": self.model,
             "inputs": [s.to_json() for s in self.inputs],
@@ -73,6 +83,8 @@ class LoweredProgram:
             "labels": list(self.labels),
             "preprocessing": dict(self.preprocessing),
             "recipe_sha256": self.recipe_sha256,
+            "functions": list(self.functions),
+            "state": dict(self.state),
         }
         # Through memory: torch's own file writer ends the process where the disk is full.
         buffer = io.BytesIO()
@@ -97,7 +109,13 @@ class LoweredProgram:
             labels=tuple(header["labels"]),
             preprocessing=header["preprocessing"],
             recipe_sha256=header["recipe_sha256"],
+            functions={n: cls.load(_beside(path, n), ops) for n in header["functions"]},
+            state=header["state"],
         )
+
+
+def _beside(path: Path, function: str) -> Path:
+    return path.with_name(f"{path.stem}.{function}{path.suffix}")
 
 
 class _HalfInside(nn.Module):
@@ -156,9 +174,10 @@ def lower(
     per_input = tuple(
         {i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs
     )
-    dynamic: Any = per_input
-    if precision is Precision.FP16:
-        dynamic = (per_input,)  # the wrapper's *inputs is one argument
+    parameters = signature(model.forward).parameters.values()
+    # All of *inputs are one argument.
+    variadic = any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
+    dynamic: Any = (per_input,) if variadic else per_input
     try:
         with torch.no_grad():
             exported = torch.export.export(
