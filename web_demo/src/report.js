@@ -73,7 +73,7 @@ export class Report {
     }
     if (finding.cases.length) {
       run.golden = finding.cases.map((c) => {
-        const outputs = Object.values(c.outputs).map(tensor);
+        const outputs = Object.entries(c.outputs).map(([name, t]) => tensor({ ...t, name }));
         return { name: c.name, outputs, error: outputs.length ? null : c.reason };
       });
     }

@@ -11,7 +11,7 @@ import { ASSETS } from "../assets.js";
 export const BACKENDS = [
   {
     id: "ort-wasm",
-    label: "ONNX Runtime · wasm",
+    label: "ONNX Runtime",
     format: "onnx",
     worker: () => ASSETS.ortWasmWorker,
     options: () => ({ files: resolveAll(ASSETS.ortWasm) }),
@@ -21,7 +21,7 @@ export const BACKENDS = [
   },
   {
     id: "litert-wasm",
-    label: "LiteRT · wasm",
+    label: "LiteRT",
     format: "tflite",
     worker: () => ASSETS.litertWorker,
     options: () => ({ folder: resolve(ASSETS.litert), version: ASSETS.versions.litert }),
@@ -31,7 +31,7 @@ export const BACKENDS = [
   },
   {
     id: "ort-webgpu",
-    label: "ONNX Runtime · WebGPU",
+    label: "ONNX Runtime, WebGPU",
     format: "onnx",
     worker: () => ASSETS.ortWebgpuWorker,
     options: () => ({ files: resolveAll(ASSETS.ortWebgpu) }),

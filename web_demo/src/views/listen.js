@@ -47,18 +47,18 @@ export class ListenView {
 
     return el("div.view.listen", {},
       el("section.card", { "aria-label": "Utterance" },
-        el("div.row", {}, field("Utterance", this.pick), field("Speed", this.speed)),
+        el("div.row.pick", {}, field("Utterance", this.pick), field("Speed", this.speed)),
         this.chart,
         el("div.row.player", {}, this.playButton, el("label.scrub", {}, el("span.hidden", {}, "Frame"), this.scrub), this.place),
-        el("div.row", {}, this.next),
-        this.mode),
+        el("div.row", {}, this.next)),
       el("section.card.result", { "aria-label": "The model's answer" },
         this.error,
         el("div.verdict", {}, this.answer, el("div", {}, this.confidence)),
         this.bars.node,
-        el("h3", {}, "How the answer grew"),
+        el("h2", {}, "How the answer grew"),
         this.belief,
-        this.timing),
+        this.timing,
+        this.mode),
     );
   }
 
@@ -221,7 +221,7 @@ export class ListenView {
     const { context, width, height } = sharpContext(this.chart);
     if (!width) return;
     const { data, channels, length } = this.#utterance;
-    const left = 30, right = 10, top = 6;
+    const left = 30, right = 10, top = 14;
     const lane = (height - 2 * top) / channels;
     const x = (frame) => left + (frame / Math.max(length - 1, 1)) * (width - left - right);
     const largest = Math.max(1e-6, ...data.map(Math.abs));
@@ -229,7 +229,7 @@ export class ListenView {
     context.textBaseline = "middle";
     for (let c = 0; c < channels; c++) {
       const middle = top + lane * (c + 0.5);
-      const y = (frame) => middle - (data[frame * channels + c] / largest) * lane * 0.95;
+      const y = (frame) => middle - (data[frame * channels + c] / largest) * lane * 0.9;
       context.fillStyle = colour("muted");
       context.textAlign = "right";
       context.fillText(String(c + 1), left - 10, middle);
@@ -249,7 +249,7 @@ export class ListenView {
     const { context, width, height } = sharpContext(this.belief);
     if (!width) return;
     const { length } = this.#utterance;
-    const left = 38, right = 8, top = 8, bottom = 20;
+    const left = 46, right = 8, top = 8, bottom = 20;
     const x = (frame) => left + (frame / Math.max(length - 1, 1)) * (width - left - right);
     const y = (share) => top + (1 - share) * (height - top - bottom);
     context.font = "11px system-ui, sans-serif";

@@ -26,7 +26,7 @@ export class MeasureView {
       this.verdict,
       el("div.scroll", { tabIndex: 0, role: "region", "aria-label": "Results of the self-test" },
         el("table", {},
-          el("thead", {}, el("tr", {}, ["Model", "What", "Verdict", "Cases", "Worst", "Allowed", "Load", "Note"].map((t) => el("th", { scope: "col" }, t)))),
+          el("thead", {}, el("tr", {}, ["Model", "Verdict", "What", "Cases", "Worst", "Allowed", "Load", "Note"].map((t) => el("th", { scope: "col" }, t)))),
           this.findings)),
       el("div.row", {}, this.again),
     );
@@ -202,7 +202,7 @@ function findingRow(f) {
   const bad = f.cases.find((c) => !c.ok);
   const allowed = f.loaded?.file.tolerance.max_rel ?? (f.kind === "preprocessing" ? f.allowed : null);
   return el("tr", { "data-verdict": f.ok ? "PASS" : f.notRun ? "NOT_RUN" : "FAIL", "data-model": f.model, "data-what": f.kind === "preprocessing" ? "preprocessing" : f.backend },
-    el("th", { scope: "row" }, f.model), el("td", {}, what), el("td", {}, verdict),
+    el("th", { scope: "row" }, f.model), el("td", {}, verdict), el("td", {}, what),
     el("td", {}, f.cases.length ? `${passed} / ${f.cases.length}` : "–"),
     el("td", {}, f.cases.length ? tiny(worst) : "–"), el("td", {}, tiny(allowed)),
     el("td", {}, f.loaded ? `${bytes(f.loaded.file.size_bytes)}, ${millis(f.loaded.load.coldMs)}` : "–"),
