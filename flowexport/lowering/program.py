@@ -123,11 +123,11 @@ class _HalfInside(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.half()
+        self.half_inside = model.half()
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         halves = [x.half() if x.is_floating_point() else x for x in inputs]
-        result = self.model(*halves)
+        result = self.half_inside(*halves)
         if isinstance(result, torch.Tensor):
             return result.float()
         return tuple(y.float() if y.is_floating_point() else y for y in result)
@@ -301,7 +301,8 @@ def decompose(
 def module_path(node: torch.fx.Node) -> str:
     """Return the PyTorch module path that a node came from (``encoder.layers.0.attention``)."""
     stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return path.removeprefix("half_inside").removeprefix(".")
 
 
 def _output_values(exported: ExportedProgram) -> list[Any]:

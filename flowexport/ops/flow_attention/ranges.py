@@ -29,8 +29,8 @@ from flowexport.ops.flow_attention.reference import flow_attention_reference
 class Arithmetic:
     """A storage format: what it rounds to, and the error allowed of the largest output.
 
-    The bound is eight units in the last place: the result passes through about
-    a dozen rounded operators, whose errors partly cancel.
+    The bound of the short formats is eight units in the last place: the result passes
+    through about a dozen rounded operators, whose errors partly cancel.
     """
 
     dtype: torch.dtype
@@ -50,6 +50,8 @@ ARITHMETICS: Mapping[str, Arithmetic] = MappingProxyType(
         "fp16": Arithmetic(torch.float16, False, 8 * 2.0**-10),
         "fp16_ftz": Arithmetic(torch.float16, True, 8 * 2.0**-10),
         "bf16": Arithmetic(torch.bfloat16, False, 8 * 2.0**-7),
+        # Sums are not wider than float32 here: their rounding over N tokens comes on top.
+        "fp32": Arithmetic(torch.float32, False, 2e-5),
     }
 )
 
@@ -132,7 +134,7 @@ def check_site(
         site: the layer; its variant and path are used, its shapes are not.
         q, k, v: representative logits and values, (B, N, H, D), any float dtype.
         form: a name in FORMS.
-        arithmetic: ``fp16``, ``fp16_ftz`` (subnormals flushed) or ``bf16``.
+        arithmetic: ``fp16``, ``fp16_ftz`` (subnormals flushed), ``bf16`` or ``fp32``.
 
     Raises:
         UnknownNameError: no such form or arithmetic.
