@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,32 +63,69 @@ def convert_in_child(
             child raised arrive with their own class.
         OutputError: the disk ran full.
     """
-    request = program.with_name(f"{target}.request.json")
-    request.write_text(
-        json.dumps(
-            {
-                "target": target,
-                "program": str(program),
-                "precision": options.precision.value,
-                "extra": dict(options.extra),
-                "out": str(root / target),
-                "root": str(root),
-                "parent": os.getpid(),
-            }
-        ),
-        encoding="utf-8",
+    result = run_child(
+        "flowexport.worker",
+        {
+            "target": target,
+            "program": str(program),
+            "precision": options.precision.value,
+            "extra": dict(options.extra),
+            "out": str(root / target),
+            "root": str(root),
+        },
+        request_file=program.with_name(f"{target}.request.json"),
+        where=f"convert {target} {model}",
+        what="the converter",
+        root=root,
+        log=log,
+        tick=tick,
     )
-    where = f"convert {target} {model}"
+    artifact = Artifact.from_json(result["result"], root)
+    if not artifact.path.exists():
+        raise ConversionError(
+            f"convert {target} {model}: the converter left no file at {artifact.path}."
+        )
+    return Conversion(artifact, result["seconds"], int(result["peak_rss_bytes"]))
+
+
+def run_child(
+    module: str,
+    request: Mapping[str, Any],
+    *,
+    request_file: Path,
+    where: str,
+    what: str,
+    root: Path,
+    log: Path,
+    tick: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Run ``python -m module``, whose main is :func:`flowexport.worker.serve`, to its end.
+
+    Args:
+        request: JSON for the child, written to ``request_file``.
+        where, what: the start of an error's message, and who failed.
+        root: folder that the child writes to; its disk may be full.
+        log: file that takes the child's stdout and stderr.
+        tick: called some times a second with the seconds so far.
+
+    Returns:
+        ``{"result": what the work returned, "seconds": wall time of the child,
+        "peak_rss_bytes"}``.
+
+    Raises:
+        ConversionError: the work failed or the process died; the message ends
+            with the log's last lines. Other errors that the child raised
+            arrive with their own class.
+        OutputError: the disk ran full.
+    """
+    request_file.write_text(json.dumps({**request, "parent": os.getpid()}), encoding="utf-8")
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    code, answer = _run([sys.executable, "-m", "flowexport.worker", str(request)], log, tick)
+    code, answer = _run([sys.executable, "-m", module, str(request_file)], log, tick)
     seconds = time.monotonic() - started
     result = _parse(answer)
-    if code == 0 and result is not None and "artifact" in result:
-        artifact = Artifact.from_json(result["artifact"], root)
-        if not artifact.path.exists():
-            raise ConversionError(f"{where}: the converter left no file at {artifact.path}.")
-        return Conversion(artifact, seconds, int(result["peak_rss_bytes"]))
+    if code == 0 and result is not None and "result" in result:
+        return {**result, "seconds": seconds}
     error = (result or {}).get("error", {})
     if error.get("errno") in (errno.ENOSPC, errno.EDQUOT) or disk_is_full(root):
         raise cannot_write(root.parent, errno.ENOSPC)
@@ -97,7 +134,7 @@ def convert_in_child(
         raised = kind.__new__(kind)  # a subclass may build its message from other arguments
         FlowExportError.__init__(raised, error["message"], fix=error["fix"])
         raise raised
-    raise ConversionError(f"{where}: {_death(code, error)}.{_tail(log)}")
+    raise ConversionError(f"{where}: {_death(what, code, error)}.{_tail(log)}")
 
 
 def _run(command: list[str], log: Path, tick: Callable[[float], None] | None) -> tuple[int, bytes]:
@@ -163,16 +200,16 @@ def _parse(answer: bytes) -> dict[str, Any] | None:
     return result if isinstance(result, dict) else None
 
 
-def _death(code: int, error: dict[str, Any]) -> str:
+def _death(what: str, code: int, error: dict[str, Any]) -> str:
     if error.get("memory"):
-        return "the converter ran out of memory"
+        return f"{what} ran out of memory"
     if error:
-        return f"the converter failed with {error['message'].rstrip('.')}"
+        return f"{what} failed with {error['message'].rstrip('.')}"
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
-        return f"the converter's process was ended by {name}{hint}"
-    return f"the converter's process ended with code {code} and no result"
+        return f"{what}'s process was ended by {name}{hint}"
+    return f"{what}'s process ended with code {code} and no result"
 
 
 def _tail(log: Path) -> str:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,19 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     return found
 
 
-def main(arguments: list[str]) -> int:
+def serve(arguments: list[str], work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+    """Do a request of :func:`flowexport.process.run_child`; returns the exit code.
+
+    Args:
+        arguments: the request's file and the open descriptor for the result.
+        work: takes the request, returns the result as JSON.
+    """
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     die_with_parent(request["parent"])
     started = time.monotonic()
     result: dict[str, Any]
     try:
-        result = {"artifact": convert(request)}
+        result = {"result": work(request)}
     except Exception as error:
         traceback.print_exc()  # into the log, for whoever mends the converter
         result = {"error": describe_error(error)}
@@ -100,4 +107,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(serve(sys.argv[1:], convert))

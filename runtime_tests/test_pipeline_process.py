@@ -101,7 +101,7 @@ def test_a_promised_file_must_be_there(tmp_path: Path, monkeypatch: pytest.Monke
         "precision": "fp32", "model": "m", "recipe_sha256": "0", "form": "f",
         "inputs": [], "outputs": [],
     }  # fmt: skip
-    result = json.dumps({"artifact": artifact, "peak_rss_bytes": 1})
+    result = json.dumps({"result": artifact, "peak_rss_bytes": 1})
     with pytest.raises(ConversionError, match="left no file"):
         convert(tmp_path, monkeypatch, f"os.write(fd, {result.encode()!r})")
 
