@@ -92,7 +92,10 @@ def _target(plan: Plan, name: str, conversion: Conversion, root: Path) -> dict[s
         },
         "deterministic": {
             "deterministic": artifact.details.get("deterministic"),
-            "reason": artifact.details.get("deterministic_reason"),
+            "reason": artifact.details.get(
+                "deterministic_reason",
+                None if "deterministic" in artifact.details else "not rebuilt in this run",
+            ),
         },
         "tolerance": dict(plan.recipe.tolerance(name, artifact.precision)),
         "required_fusions": dict(plan.recipe.fusions.get(name, {})),

@@ -110,6 +110,11 @@ def test_half_program_keeps_float32_at_its_ends() -> None:
     assert program.exported.module()(torch.randn(2, 6, 8)).dtype == torch.float32
 
 
+def test_half_program_has_the_module_paths_of_the_model() -> None:
+    program = lowered(Two(), ["y", "z"], precision=Precision.FP16)
+    assert [s.module_path for s in program.attentions] == ["first", "second"]
+
+
 def test_wrong_number_of_outputs_is_told() -> None:
     with pytest.raises(LoweringError, match=r"2 results; expected 1 \(y\)"):
         lowered(Two(), ["y"])
