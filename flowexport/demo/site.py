@@ -32,7 +32,18 @@ TYPES = {
     ".onnx": "application/octet-stream",
     ".tflite": "application/octet-stream",
 }
-COMPRESSED = {".html", ".js", ".mjs", ".css", ".json", ".webmanifest", ".wasm", ".svg", ".txt"}
+COMPRESSED = {
+    ".html",
+    ".js",
+    ".mjs",
+    ".css",
+    ".json",
+    ".webmanifest",
+    ".wasm",
+    ".svg",
+    ".txt",
+    ".bin",
+}
 """Models are left out: float weights shrink by a tenth at most."""
 
 HASHED = re.compile(r"[-.][A-Za-z0-9_-]{8,}\.[A-Za-z0-9]+$")

@@ -7,7 +7,7 @@ import { describe, power, probe, probeGpu } from "./environment.js";
 import { keepOffline } from "./offline.js";
 import { Package } from "./package.js";
 import { Report } from "./report.js";
-import { testModel, testPreprocessing } from "./selftest.js";
+import { testModel, testPreprocessing, testStream } from "./selftest.js";
 import { DrawView } from "./views/draw.js";
 import { ListenView } from "./views/listen.js";
 import { MeasureView } from "./views/measure.js";
@@ -88,6 +88,7 @@ class App {
         const finding = await testModel(this.pack, this.backends, model, spec.id, 1);
         this.report.addGolden({ model, spec, requestedThreads: 1, power: start }, finding);
         this.#found(finding);
+        if (model.streaming) this.#found(await testStream(this.pack, this.backends, model, spec));
       }
     }
     for (const spec of BACKENDS.filter((b) => !b.eager && b.id !== this.liveBackend)) {
@@ -103,7 +104,7 @@ class App {
   #found(finding) {
     this.findings.push(finding);
     if (!finding.ok && !finding.notRun) {
-      const what = finding.kind === "preprocessing" ? "this page's preprocessing" : backend(finding.backend).label;
+      const what = finding.kind === "preprocessing" ? "this page's preprocessing" : `${backend(finding.backend).label}${finding.kind === "streaming" ? ", step by step" : ""}`;
       const bad = finding.cases.find((c) => !c.ok);
       const why = finding.error ?? `${finding.cases.filter((c) => !c.ok).length} of ${finding.cases.length} golden cases failed (${bad?.name}: ${bad?.reason})`;
       notice("bad", `finding-${finding.model}-${what}`, `Self-test FAILED: ${finding.model} on ${what}. ${why}`);
@@ -208,13 +209,20 @@ async function main() {
   ]);
   const app = new App(pack, env, description, backends);
   const views = {};
-  const image = pack.ofTask("image-classification");
-  const series = pack.ofTask("time-series-classification");
+  const [image] = pack.ofTask("image-classification");
+  const [series, ...others] = pack.ofTask("time-series-classification");
   wireRuntimeChoice(app, views);
   fill("measure", new MeasureView(app));
   if (image) views.draw = fill("draw", new DrawView(app, image));
   else empty("draw", "This package has no image model. Add one: flowexport demo out/digits …");
-  if (series) views.listen = fill("listen", new ListenView(app, series));
+  // Another series model takes the view over when it is chosen there.
+  const openListen = (model, focus = false) => {
+    views.listen?.pause();
+    views.listen = fill("listen", new ListenView(app, model, [series, ...others], (chosen) => openListen(chosen, true).start()));
+    if (focus) views.listen.modelPick.focus();
+    return views.listen;
+  };
+  if (series) openListen(series);
   else empty("listen", "This package has no time-series model. Add one: flowexport demo out/japanese-vowels …");
   if (!image && series && !location.hash) selectTab("listen");
   $("about").textContent = `Models, data and drawings stay in this browser. Package of flowexport ${pack.manifest.flowexport}, ${pack.models.map((m) => m.id).join(", ")}; ${pack.sha256.slice(0, 8)}.`;

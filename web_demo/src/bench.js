@@ -65,8 +65,8 @@ export async function accuracy(app, setting, options) {
     if (!evaluation) throw new Error(`${model.id} has no evaluation set`);
     const loaded = await app.backends.model(spec.id, threads, model.files, model.id);
     const run = app.report.run({ ...noted, loaded });
-    const { samples, output, inputs } = evaluation;
-    const result = await loaded.evaluate({ inputs, samples, output }, options);
+    const { samples, output, inputs, lengths } = evaluation;
+    const result = await loaded.evaluate({ inputs, samples, output, lengths }, options);
     const score = scorePredictions(result.predictions, evaluation);
     run.errors = run.errors.filter((e) => e.stage !== "evaluation");
     for (const message of result.errors.slice(0, 5)) run.errors.push({ stage: "evaluation", message });

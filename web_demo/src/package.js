@@ -16,7 +16,7 @@ export class PackageError extends Error {
   }
 }
 
-const ARRAYS = {
+export const ARRAYS = {
   float32: Float32Array,
   float64: Float64Array,
   int32: Int32Array,
@@ -99,9 +99,9 @@ export class Package {
     return found;
   }
 
-  /** First model of a task, or undefined. */
+  /** Models of a task, those with a step-by-step form first. */
   ofTask(task) {
-    return this.models.find((m) => m.task === task);
+    return this.models.filter((m) => m.task === task).sort((a, b) => Number(Boolean(b.streaming)) - Number(Boolean(a.streaming)));
   }
 
   /**
@@ -173,6 +173,7 @@ export class Package {
       inputs: readTensors(bytes, model.evaluation.inputs),
       targets: readTensor(bytes, model.evaluation.targets).data,
       reference_top1: readTensor(bytes, model.evaluation.reference_top1).data,
+      lengths: model.evaluation.lengths ? readTensor(bytes, model.evaluation.lengths).data : null,
     };
   }
 }
@@ -215,6 +216,18 @@ export function sampleOf(tensor, index) {
     shape: [1, ...tensor.shape.slice(1)],
     data: tensor.data.slice(index * size, (index + 1) * size),
   };
+}
+
+/**
+ * The scores that are the answer: the only row, or row `length - 1` of a model that gives a row a step.
+ *
+ * @param output `{shape, data}`, batch of one
+ * @param {number | null} length real steps of the sample
+ */
+export function answerRow(output, length) {
+  if (length === null || output.shape.length < 3) return output.data;
+  const width = output.shape.at(-1);
+  return output.data.slice((length - 1) * width, length * width);
 }
 
 /** Product of a shape. */

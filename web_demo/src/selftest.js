@@ -7,6 +7,7 @@ import { PackageError, sampleOf, sizeOf } from "./package.js";
 import { makeInputs } from "./preprocess.js";
 import { messageOf } from "./backends/serve.js";
 import { compare } from "./statistics.js";
+import { Stream } from "./streaming.js";
 
 /**
  * Hold the page's preprocessing against the package's golden vectors.
@@ -66,6 +67,61 @@ export async function testModel(pack, backends, model, id, threads) {
     finding.errorKind = error instanceof PackageError ? error.kind : null;
   }
   return finding;
+}
+
+/**
+ * Run the step-by-step form over every golden case; row t of the output is step t's answer.
+ *
+ * @param spec the backend
+ * @returns a finding as of `testModel`, kind "streaming"
+ */
+export async function testStream(pack, backends, model, { id, format }) {
+  const finding = {
+    model: model.id, kind: "streaming", backend: id, ok: false, notRun: false,
+    cases: [], maxRel: null, loaded: null, error: null, errorKind: null,
+  };
+  const { streaming } = model;
+  const missing = backends.missing(id) ?? (streaming.files[format] ? null : `the package has no ${format} file of the step`);
+  if (missing) return { ...finding, notRun: true, error: missing };
+  try {
+    finding.loaded = await backends.model(id, 1, streaming.files, `${model.id} step`);
+    const stream = new Stream(finding.loaded, streaming);
+    finding.allowed = model.files[format].tolerance.max_rel;
+    for (const golden of await pack.goldens(model)) {
+      finding.cases.push(await runSteps(stream, golden, finding.allowed));
+    }
+    finding.ok = finding.cases.length > 0 && finding.cases.every((c) => c.ok);
+    finding.maxRel = finding.cases.some((c) => c.maxRel === null) ? null : Math.max(...finding.cases.map((c) => c.maxRel));
+  } catch (error) {
+    finding.error = messageOf(error);
+    finding.errorKind = error instanceof PackageError ? error.kind : null;
+  }
+  return finding;
+}
+
+/** The steps of one case's samples against the rows of its golden output. */
+export async function runSteps(stream, golden, tolerance) {
+  const entry = { name: golden.name, ok: true, maxRel: 0, maxAbs: 0, reason: null, outputs: {} };
+  try {
+    const [input] = Object.values(golden.inputs);
+    const [expected] = Object.values(golden.outputs);
+    const [batch, steps, channels] = input.shape;
+    const rows = new Float32Array(sizeOf(expected.shape));
+    const width = expected.shape.at(-1);
+    for (let b = 0; b < batch; b++) {
+      stream.reset();
+      for (let t = 0; t < steps; t++) {
+        const from = (b * steps + t) * channels;
+        const { values } = await stream.step(input.data.subarray(from, from + channels));
+        rows.set(values, (b * steps + t) * width);
+      }
+    }
+    const found = compare({ shape: expected.shape, data: rows }, expected, tolerance);
+    Object.assign(entry, { ok: found.ok, maxRel: found.maxRel, maxAbs: found.maxAbs, reason: found.reason });
+  } catch (error) {
+    Object.assign(entry, { ok: false, maxRel: null, maxAbs: null, reason: messageOf(error) });
+  }
+  return entry;
 }
 
 /** One case against its golden outputs; a fixed batch takes a batched case sample by sample. */

@@ -1,6 +1,6 @@
 /** Runs a recurrent form of a model step by step; `streaming` of the package's schema. */
 
-import { sizeOf } from "./package.js";
+import { ARRAYS, sizeOf } from "./package.js";
 
 export class Stream {
   /**
@@ -21,7 +21,9 @@ export class Stream {
   reset() {
     this.states = {};
     for (const s of this.streaming.states) {
-      this.states[s.name] = { dtype: s.dtype, shape: s.shape, data: new Float32Array(sizeOf(s.shape)).fill(s.initial) };
+      const Type = ARRAYS[s.dtype];
+      if (!Type) throw new Error(`state ${s.name} has dtype ${s.dtype}, which this page does not keep`);
+      this.states[s.name] = { dtype: s.dtype, shape: s.shape, data: new Type(sizeOf(s.shape)).fill(s.initial) };
     }
   }
 

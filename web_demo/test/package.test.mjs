@@ -1,8 +1,9 @@
 import assert from "node:assert/strict";
 import { afterEach, test } from "node:test";
 
-import { Package, PackageError, checkManifest, readTensor, sampleOf, sha256 } from "../src/package.js";
+import { Package, PackageError, answerRow, checkManifest, readTensor, sampleOf, sha256 } from "../src/package.js";
 import { Report } from "../src/report.js";
+import { runSteps } from "../src/selftest.js";
 import { Stream } from "../src/streaming.js";
 import { rolesOf } from "../src/views/listen.js";
 
@@ -68,6 +69,29 @@ test("a streaming model gets its own states back", async () => {
   assert.equal((await stream.step([0, 0])).values[0], 0.5);
   await assert.rejects(stream.step([1, 2, 3]), /3 values/);
   assert.throws(() => new Stream(loaded, { ...streaming, inputs: [1, 2] }), /2 inputs/);
+});
+
+test("steps are held against the rows of the golden output", async () => {
+  const streaming = { inputs: [{ name: "x", shape: [1, 1], dtype: "float32" }], outputs: [{ name: "y" }], states: [{ name: "s", next: "n", shape: [1], dtype: "float32", initial: 0 }] };
+  const loaded = { run: async ({ x, s }) => ({ ms: 1, outputs: { y: { data: [s.data[0] + x.data[0]] }, n: { shape: [1], data: new Float32Array([s.data[0] + x.data[0]]) } } }) };
+  const golden = (rows) => ({
+    name: "sums", batch: 2,
+    inputs: { x: { shape: [2, 3, 1], data: new Float32Array([1, 2, 3, 10, 20, 30]) } },
+    outputs: { y: { name: "y", shape: [2, 3, 1], data: rows } },
+  });
+  const stream = new Stream(loaded, streaming);
+  assert.ok((await runSteps(stream, golden([1, 3, 6, 10, 30, 60]), 1e-6)).ok);
+  const wrong = await runSteps(stream, golden([1, 3, 6, 10, 30, 61]), 1e-6);
+  assert.equal(wrong.ok, false);
+  assert.match(wrong.reason, /off by/);
+  assert.throws(() => new Stream(loaded, { ...streaming, states: [{ ...streaming.states[0], dtype: "int64" }] }), /int64/);
+});
+
+test("a model with a row a step answers by the sample's last real row", () => {
+  const rows = { shape: [1, 3, 2], data: new Float32Array([1, 2, 3, 4, 5, 6]) };
+  assert.deepEqual([...answerRow(rows, 2)], [3, 4]);
+  assert.deepEqual([...answerRow({ shape: [1, 2], data: new Float32Array([7, 8]) }, 2)], [7, 8]);
+  assert.equal(answerRow(rows, null), rows.data);
 });
 
 test("the series and its mask are told by the steps", () => {

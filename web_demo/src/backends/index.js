@@ -166,17 +166,18 @@ export class Backends {
     fetching.catch(() => {});
     const runtime = await this.runtime(id, threads);
     const got = await fetching;
-    if (!runtime.loaded.has(file.sha256)) {
-      const loading = runtime.call("load", { key: file.sha256, bytes: got.bytes }).then(
+    const key = keyOf(file);
+    if (!runtime.loaded.has(key)) {
+      const loading = runtime.call("load", { key, bytes: got.bytes, entry: file.entry ?? null }).then(
         ({ coldMs }) => ({ coldMs, fetchMs: got.fetchMs, from: got.from, sha256: got.sha256 }),
         (error) => {
-          runtime.loaded.delete(file.sha256);
+          runtime.loaded.delete(key);
           throw new Error(`${runtime.info.name} refuses ${file.path}: ${error.message}`);
         },
       );
-      runtime.loaded.set(file.sha256, loading);
+      runtime.loaded.set(key, loading);
     }
-    return new LoadedModel(name, runtime, file, await runtime.loaded.get(file.sha256));
+    return new LoadedModel(name, runtime, file, await runtime.loaded.get(key));
   }
 
   /**
@@ -221,7 +222,7 @@ export class LoadedModel {
   }
 
   get key() {
-    return this.file.sha256;
+    return keyOf(this.file);
   }
 
   /** Whether the first dimension of every input may be of any size. */
@@ -241,6 +242,11 @@ export class LoadedModel {
   evaluate(request, options) {
     return this.runtime.call("evaluate", { key: this.key, ...request }, options);
   }
+}
+
+/** One file may hold several functions: a model, and its step. */
+function keyOf(file) {
+  return file.entry ? `${file.sha256} ${file.entry}` : file.sha256;
 }
 
 function resolve(path) {

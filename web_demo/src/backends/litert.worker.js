@@ -36,15 +36,20 @@ serve({
     };
   },
 
-  async load(bytes) {
+  async load(bytes, entry) {
     const model = await loadAndCompile(bytes, { accelerator: "wasm", cpuOptions: { numThreads: threads } });
+    if (entry && !model.signatures[entry]) {
+      model.delete();
+      throw new Error(`there is no signature ${entry}`);
+    }
+    const signature = entry ? model.signatures[entry] : model;
     return {
       async run(feeds) {
         const tensors = {};
         let results = {};
         try {
           for (const [name, t] of Object.entries(feeds)) tensors[name] = new Tensor(t.data, t.shape);
-          results = await model.run(tensors);
+          results = await signature.run(tensors);
           const outputs = {};
           for (const [name, t] of Object.entries(results)) {
             outputs[name] = {

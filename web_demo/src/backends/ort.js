@@ -37,7 +37,8 @@ export function make(ort, provider) {
       };
     },
 
-    async load(bytes) {
+    async load(bytes, entry) {
+      if (entry) throw new Error(`an ONNX file has no function ${entry} to enter`);
       const session = await ort.InferenceSession.create(bytes, {
         executionProviders: [provider],
         graphOptimizationLevel: "all",

@@ -1,11 +1,13 @@
 /**
  * The inside of a runtime's worker: answers the page's requests with one runtime.
  *
- * A runtime is `{init(options) -> info, load(bytes) -> session}`; a session is
+ * A runtime is `{init(options) -> info, load(bytes, entry) -> session}`, `entry` being a
+ * function's name in a file that holds several, or null; a session is
  * `{run(feeds) -> outputs, dispose()}` with tensors `{shape, data, dtype}` by name.
  * Loops that are measured run here, so that no message passing is measured with them.
  */
 
+import { answerRow } from "../package.js";
 import { makeInputs } from "../preprocess.js";
 import { argmax, softmax } from "../statistics.js";
 
@@ -24,11 +26,11 @@ export function serve(runtime) {
   const operations = {
     init: (request) => runtime.init(request.options),
 
-    async load({ key, bytes }) {
+    async load({ key, bytes, entry }) {
       sessions.get(key)?.dispose();
       sessions.delete(key);
       const start = performance.now();
-      sessions.set(key, await runtime.load(new Uint8Array(bytes)));
+      sessions.set(key, await runtime.load(new Uint8Array(bytes), entry));
       return { coldMs: performance.now() - start };
     },
 
@@ -84,7 +86,7 @@ export function serve(runtime) {
     },
 
     /** Arg max of every sample; null where the model failed on one, with its message. */
-    async evaluate({ id, key, inputs, samples, output }, progress) {
+    async evaluate({ id, key, inputs, samples, output, lengths }, progress) {
       const model = session(key);
       const predictions = [];
       const errors = [];
@@ -92,7 +94,7 @@ export function serve(runtime) {
       for (let i = 0; i < samples && !cancelled.has(id); i++) {
         try {
           const outputs = await model.run(slice(inputs, i));
-          const best = argmax(outputs[output].data);
+          const best = argmax(answerRow(outputs[output], lengths?.[i] ?? null));
           predictions.push(best < 0 ? null : best);
           if (best < 0) errors.push(`sample ${i}: ${output} is not finite`);
         } catch (error) {

@@ -6,7 +6,7 @@
  */
 
 import { el, field, millis, percent, choices, sharpContext, colour } from "../dom.js";
-import { sampleOf } from "../package.js";
+import { answerRow, sampleOf } from "../package.js";
 import { argmax, softmax } from "../statistics.js";
 import { Stream } from "../streaming.js";
 import { Bars } from "./bars.js";
@@ -21,9 +21,15 @@ export class ListenView {
   #turn = 0;
   #stream = null;
 
-  constructor(app, model) {
+  /**
+   * @param models all series models of the package
+   * @param choose called with the one that the person picks instead
+   */
+  constructor(app, model, models, choose) {
     this.app = app;
     this.model = model;
+    this.modelPick = el("select", { onchange: () => choose(models[this.modelPick.selectedIndex]) }, choices(models.map((m) => [m.id, m.streaming ? `${m.id} · step by step` : m.id]), model.id));
+    this.several = models.length > 1;
     this.source = model.preprocessing.sources.find((s) => s.name === "evaluation") ?? model.preprocessing.sources[0];
     this.node = this.#build();
   }
@@ -47,6 +53,7 @@ export class ListenView {
 
     return el("div.view.listen", {},
       el("section.card", { "aria-label": "Utterance" },
+        this.several ? field("Model", this.modelPick) : null,
         el("div.row.pick", {}, field("Utterance", this.pick), field("Speed", this.speed)),
         this.chart,
         el("div.row.player", {}, this.playButton, el("label.scrub", {}, el("span.hidden", {}, "Frame"), this.scrub), this.place),
@@ -85,6 +92,7 @@ export class ListenView {
     try {
       const live = await this.app.live({ ...this.model, id: `${this.model.id} (streaming)`, files: streaming.files });
       this.#stream = new Stream(live.model, streaming);
+      this.#stream.label = live.label;
       this.mode.textContent = "Every frame is one step of the streaming model, which keeps its state between frames.";
     } catch (error) {
       this.mode.textContent += ` The streaming model does not run here: ${error.message}.`;
@@ -97,7 +105,7 @@ export class ListenView {
     const x = sampleOf(this.evaluation.inputs[this.roles.series.name], index);
     const mask = this.roles.mask ? sampleOf(this.evaluation.inputs[this.roles.mask.name], index) : null;
     const [, steps, channels] = x.shape;
-    const kept = mask ? mask.data.reduce((a, b) => a + b, 0) : steps;
+    const kept = this.evaluation.lengths?.[index] ?? (mask ? mask.data.reduce((a, b) => a + b, 0) : steps);
     this.#utterance = { index, length: kept, channels, data: x.data.slice(0, kept * channels), x, mask };
     this.pick.value = String(index);
     this.scrub.max = String(kept);
@@ -163,7 +171,7 @@ export class ListenView {
     const count = this.#heard + 1;
     try {
       const belief = this.#stream
-        ? await this.#stream.step(data.subarray(this.#heard * channels, count * channels)).then(({ values, ms }) => ({ logits: values, ms, label: this.#stream.loaded.info.name }))
+        ? await this.#stream.step(data.subarray(this.#heard * channels, count * channels)).then(({ values, ms }) => ({ logits: values, ms, label: `${this.#stream.label}, one step a frame` }))
         : await this.#prefix(count);
       if (turn !== this.#turn) return false;
       if (argmax(belief.logits) < 0) throw new Error("the model's output is not finite");
@@ -188,7 +196,7 @@ export class ListenView {
     if (mask) feeds[masked.name] = { ...mask, data: mask.data.slice().fill(0, count) };
     const live = await this.app.live(this.model);
     const { outputs, ms } = await live.model.run(feeds);
-    return { logits: outputs[this.model.evaluation.output].data, ms, label: live.label };
+    return { logits: answerRow(outputs[this.model.evaluation.output], count), ms, label: live.label };
   }
 
   #show({ logits, ms, label }) {

@@ -194,14 +194,14 @@ export class MeasureView {
 }
 
 function findingRow(f) {
-  const what = f.kind === "preprocessing" ? "preprocessing" : backend(f.backend).label;
+  const what = f.kind === "preprocessing" ? "preprocessing" : `${backend(f.backend).label}${f.kind === "streaming" ? ", step by step" : ""}`;
   const verdict = f.ok ? badge("good", "PASS") : f.notRun ? badge("warn", "NOT RUN") : badge("bad", "FAIL");
   const passed = f.cases.filter((c) => c.ok).length;
   const worst = f.kind === "preprocessing" ? worstOf(f.cases.map((c) => c.maxAbs)) : f.maxRel;
   const reason = f.error ?? f.cases.find((c) => !c.ok)?.reason ?? f.loaded?.info.reason ?? "";
   const bad = f.cases.find((c) => !c.ok);
-  const allowed = f.loaded?.file.tolerance.max_rel ?? (f.kind === "preprocessing" ? f.allowed : null);
-  return el("tr", { "data-verdict": f.ok ? "PASS" : f.notRun ? "NOT_RUN" : "FAIL", "data-model": f.model, "data-what": f.kind === "preprocessing" ? "preprocessing" : f.backend },
+  const allowed = f.allowed ?? f.loaded?.file.tolerance.max_rel ?? null;
+  return el("tr", { "data-verdict": f.ok ? "PASS" : f.notRun ? "NOT_RUN" : "FAIL", "data-model": f.model, "data-what": f.kind === "preprocessing" ? "preprocessing" : f.kind === "streaming" ? `${f.backend} step` : f.backend },
     el("th", { scope: "row" }, f.model), el("td", {}, verdict), el("td", {}, what),
     el("td", {}, f.cases.length ? `${passed} / ${f.cases.length}` : "–"),
     el("td", {}, f.cases.length ? tiny(worst) : "–"), el("td", {}, tiny(allowed)),
