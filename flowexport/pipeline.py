@@ -84,6 +84,7 @@ def convert(
     force: bool = False,
     verify: bool = True,
     bench: bool = True,
+    check: bool = True,
     require: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = SILENT,
@@ -98,6 +99,7 @@ def convert(
         inputs: shapes, instead of the recipe's; a factory needs them.
         out: the bundle's folder, ``out/<recipe>`` where None.
         force: replace an older bundle there.
+        check: refuse fp16 where no form of an attention survives it.
         require: targets that must convert, and run, here.
         threads: of the runtimes that are verified and measured.
 
@@ -119,6 +121,7 @@ def convert(
         force=force,
         threads=threads,
         require=require,
+        check=check,
     )
     return run_plan(
         plan, force=force, verify=verify, bench=bench, require=require, progress=progress
@@ -234,7 +237,7 @@ def report(bundle: str | Path) -> Path:
 
 def _lower(plan: Plan, work: Path, progress: Progress) -> dict[Precision, LoweredProgram]:
     """Lower once for each precision that a target asks for."""
-    from flowexport.lowering import lower
+    from flowexport.lowering import lower, lower_streaming
 
     subject, spec = plan.subject, plan.subject.spec
     programs = {}
@@ -242,17 +245,21 @@ def _lower(plan: Plan, work: Path, progress: Progress) -> dict[Precision, Lowere
     progress.stage("lower")
     for done, precision in enumerate(wanted):
         progress.step(done, len(wanted), precision.value)
-        program = lower(
-            copy.deepcopy(subject.module),
-            spec.inputs,
-            spec.output_names,
-            name=spec.name,
-            ops=list(OPS.working().values()),
-            precision=precision,
-            labels=spec.labels,
-            preprocessing=spec.preprocessing,
-            recipe_sha256=subject.recipe_sha256,
-        )
+        arguments: dict[str, Any] = {
+            "name": spec.name,
+            "ops": list(OPS.working().values()),
+            "precision": precision,
+            "labels": spec.labels,
+            "preprocessing": spec.preprocessing,
+            "recipe_sha256": subject.recipe_sha256,
+        }
+        module = copy.deepcopy(subject.module)
+        if subject.lengths is None:
+            program = lower(module, spec.inputs, spec.output_names, **arguments)
+        else:
+            program = lower_streaming(
+                module, spec.inputs, spec.output_names, lengths=subject.lengths, **arguments
+            )
         program.save(work / f"program-{precision.value}.pt2")
         programs[precision] = program
     return programs
@@ -273,6 +280,18 @@ def _write_references(plan: Plan, root: Path, progress: Progress) -> None:
     )
     key = subject.recipe_sha256
     parity.write_golden(root / "golden", cases, expected, subject=key)
+    if subject.lengths is not None:
+        progress.step(0, None, "a long stream")
+        parity.write_stream(
+            root / "golden",
+            subject.module,
+            spec.inputs[0],
+            names[0],
+            subject.dataset,
+            subject=key,
+            seed=plan.recipe.seed,
+            progress=lambda done, total: progress.step(done, total),
+        )
     if subject.dataset is None:
         return
     feeds = {s.name: subject.dataset.inputs[s.name] for s in spec.inputs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,12 @@ from flowexport.core.errors import (
     UnknownNameError,
 )
 from flowexport.core.types import Availability, Options, Precision, TensorSpec
+from flowexport.rangecheck import (
+    COMPUTES_WIDE,
+    TargetCheck,
+    calibrate_subject,
+    check_target,
+)
 from flowexport.recipes import Recipe, Weights
 from flowexport.registry import TARGETS
 from flowexport.resolve import Subject, find_recipe, resolve
@@ -28,6 +34,7 @@ class Plan:
     Attributes:
         options: what will be converted, by target.
         not_run: targets of the recipe that cannot be converted here, with the reason.
+        checks: by target that computes in half, whether its attentions survive that.
     """
 
     recipe: Recipe
@@ -36,10 +43,11 @@ class Plan:
     options: Mapping[str, Options]
     not_run: Mapping[str, Availability]
     threads: int
+    checks: Mapping[str, TargetCheck] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as ``convert --dry-run --json`` prints it."""
-        spec = self.subject.spec
+        spec, lengths = self.subject.spec, self.subject.lengths
         return {
             "recipe": self.recipe.name,
             "recipe_sha256": self.subject.recipe_sha256,
@@ -49,12 +57,14 @@ class Plan:
             "inputs": [s.to_json() for s in spec.inputs],
             "outputs": list(spec.output_names),
             "dataset": self.subject.dataset and self.subject.dataset.name,
+            "streaming": None if lengths is None else {"lengths": list(lengths)},
             "out": str(self.out),
             "targets": {
                 name: {
                     "precision": o.precision.value,
                     "options": dict(o.extra),
                     "tolerance": dict(self.recipe.tolerance(name, o.precision)),
+                    "range_check": self.checks[name].action if name in self.checks else None,
                 }
                 for name, o in self.options.items()
             },
@@ -73,13 +83,15 @@ def make_plan(
     force: bool = False,
     threads: int | None = None,
     require: Sequence[str] = (),
+    check: bool = True,
 ) -> Plan:
     """Settle what will be converted, and build the model; see :func:`flowexport.convert`.
 
     Raises:
         FlowExportError: whatever is wrong with the recipe, the names, the weights
             or the shapes; UnavailableError for a target asked for by ``targets``
-            or ``require`` that cannot be converted here.
+            or ``require`` that cannot be converted here; ConversionError where
+            no form of an attention survives the precision.
     """
     for name in (*targets, *require):
         if name not in TARGETS.names():
@@ -88,7 +100,7 @@ def make_plan(
         raise UnknownNameError("precision", str(precision), [p.value for p in Precision])
     if threads is not None and threads < 1:
         raise InputError(f"threads: has {threads}; expected 1 or more.")
-    recipe = _override(find_recipe(source), precision, weights, inputs)
+    recipe = override(find_recipe(source), precision, weights, inputs)
     # --target asks for the named ones; --require adds to what the recipe has.
     chosen = list(dict.fromkeys([*(targets or recipe.targets or TARGETS.names()), *require]))
     options: dict[str, Options] = {}
@@ -113,22 +125,54 @@ def make_plan(
         )
     place = (Path(out) if out is not None else Path("out") / recipe.name).absolute()
     Staging(place, force=force).check()
+    subject = resolve(recipe)
+    if subject.lengths is not None:
+        named = {*targets, *require, *(recipe.targets or ())}
+        _check_streaming(recipe, options, not_run, named)
+    checks = _check_ranges(subject, options) if check else {}
+    for name, found in checks.items():
+        found.require_safe(subject.spec.name)
+        if found.taken is not None:
+            extra = {**options[name].extra, "form": found.taken}
+            options[name] = replace(options[name], extra=extra)
     return Plan(
         recipe=recipe,
-        subject=resolve(recipe),
+        subject=subject,
         out=place,
         options=options,
         not_run=not_run,
         threads=threads or recipe.bench.threads,
+        checks=checks,
     )
 
 
-def _override(
+def _check_ranges(subject: Subject, options: Mapping[str, Options]) -> dict[str, TargetCheck]:
+    """Check the attentions for each target that computes in half."""
+    half = {
+        name: o
+        for name, o in options.items()
+        if o.precision is Precision.FP16 and name not in COMPUTES_WIDE
+    }
+    if not half:
+        return {}
+    calls, _ = calibrate_subject(subject)
+    return {
+        name: check_target(name, o.precision.value, calls, pinned=o.extra.get("form"))
+        for name, o in half.items()
+    }
+
+
+def override(
     recipe: Recipe,
-    precision: str | Precision | None,
-    weights: str | Path | None,
-    inputs: Sequence[TensorSpec],
+    precision: str | Precision | None = None,
+    weights: str | Path | None = None,
+    inputs: Sequence[TensorSpec] = (),
 ) -> Recipe:
+    """Return a recipe with what the command line says instead of it.
+
+    Raises:
+        InputError: an input is given twice.
+    """
     if precision is not None:
         recipe = recipe.with_precision(Precision(precision))
     if weights is not None:
@@ -141,6 +185,39 @@ def _override(
         kept = [s for s in recipe.inputs or () if s.name not in names]
         recipe = replace(recipe, inputs=(*kept, *inputs))
     return recipe
+
+
+def _check_streaming(
+    recipe: Recipe,
+    options: dict[str, Options],
+    not_run: dict[str, Availability],
+    named: set[str],
+) -> None:
+    """Refuse what cannot carry a state; a target that nobody named is left out with the reason."""
+    able = [n for n in TARGETS.names() if n not in not_run and _streams(n)]
+    for name, asked in list(options.items()):
+        where = recipe.where("targets", name)
+        if asked.precision is not Precision.FP32:
+            raise InputError(
+                f"{where}: streaming to {name} has precision {asked.precision.value}; expected"
+                " fp32: the state's sums stop growing in half after about 2,000 steps.",
+                fix="--precision fp32, or `streaming: false` for forward alone",
+            )
+        if _streams(name):
+            continue
+        reason = f"target {name} cannot carry the state of a causal model's step"
+        fix = f"choose one of: {', '.join(able)}; or `streaming: false` for forward alone"
+        if name in named:
+            raise InputError(f"{where}: {reason}; expected a target that can.", fix=fix)
+        del options[name]
+        not_run[name] = Availability(False, False, reason=reason, fix=fix)
+
+
+def _streams(name: str) -> bool:
+    try:
+        return bool(getattr(TARGETS.get(name), "streams", False))
+    except UnavailableError:
+        return False
 
 
 def _check_target(recipe: Recipe, name: str) -> Availability:

@@ -7,9 +7,9 @@ are put through its form with every result rounded to the target's arithmetic
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from flowexport.core.errors import ConversionError, UnknownNameError
 from flowexport.core.types import Dataset, TensorSpec
 from flowexport.registry import OPS
+from flowexport.resolve import Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,6 +212,31 @@ def calibrate(
     return tuple(calls)
 
 
+def calibrate_subject(
+    subject: Subject, given: Mapping[str, np.ndarray] | None = None
+) -> tuple[tuple[Calls, ...], str]:
+    """Lower a model in float32 and calibrate its attentions.
+
+    Args:
+        given: the user's samples; see :func:`calibration_samples`.
+
+    Returns:
+        What reached each attention, and the samples in words.
+    """
+    from flowexport.lowering import lower
+
+    spec = subject.spec
+    feeds, told = calibration_samples(spec.inputs, subject.dataset, given)
+    program = lower(
+        copy.deepcopy(subject.module),
+        spec.inputs,
+        spec.output_names,
+        name=spec.name,
+        ops=list(OPS.working().values()),
+    )
+    return calibrate(program, feeds), told
+
+
 def check_target(
     target: str, precision: str, calls: Sequence[Calls], *, pinned: str | None = None
 ) -> TargetCheck:
@@ -235,7 +261,9 @@ def check_target(
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS, where="check")
     decisive = arithmetics(target, precision)
-    told = tuple(dict.fromkeys([*decisive, *(ARITHMETICS[precision] if decisive[0] != "fp32" else ())]))
+    told = tuple(dict.fromkeys([*decisive, *ARITHMETICS[precision]]))
+    if target in COMPUTES_WIDE:
+        told = decisive
     known = [c for c in calls if c.site.op == DESCRIPTOR.name]
     unchecked = tuple(c.site.module_path for c in calls if c.site.op != DESCRIPTOR.name)
     layers = []
@@ -254,7 +282,7 @@ def check_target(
     if bad and pinned is None:
         forms = [set(applicable(variant_of(c.site.arguments))) for c in known]
         # In the table's order, which has the published form first: it is tried last.
-        candidates = [f for f in reversed(FORMS) if all(f in names for names in forms)]
+        candidates = [f for f in reversed(list(FORMS)) if all(f in names for names in forms)]
         taken = next(
             (
                 form
@@ -343,5 +371,3 @@ def _fewer_heads(
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a verdict for JSON, which has no infinity: None where the result is not finite."""
     return {**entry, "error": entry["error"] if np.isfinite(entry["error"]) else None}
-
-

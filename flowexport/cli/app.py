@@ -7,7 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from flowexport import __version__
-from flowexport.cli import bench, convert, demo, doctor, inspect, listing, package, report, verify
+from flowexport.cli import (
+    bench,
+    check,
+    convert,
+    demo,
+    doctor,
+    inspect,
+    listing,
+    package,
+    report,
+    verify,
+)
 
 EPILOG = (
     "Exit codes: 0 done, 2 usage error or unusable input, 3 conversion failed, "
@@ -44,6 +55,7 @@ def root(
 
 app.command("list")(listing.list_all)
 app.command("doctor")(doctor.doctor)
+app.command("check")(check.check)
 app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)

@@ -9,15 +9,11 @@ import typer
 
 from flowexport.cli import options
 from flowexport.cli.console import (
-    complete_recipe,
     exit_code,
     out_console,
     print_json,
     show_progress,
 )
-from flowexport.core.errors import InputError
-from flowexport.core.types import TensorSpec
-from flowexport.recipes import parse_shape
 
 if TYPE_CHECKING:
     from flowexport.pipeline import Result
@@ -25,35 +21,22 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE_OR_MODEL",
-            help="A recipe's name or path, a model's name, or path/to/file.py:factory.",
-            autocompletion=complete_recipe,
-        ),
-    ],
+    source: options.Source,
     target: options.Targets = [],  # noqa: B006
     precision: Annotated[
         str | None, typer.Option(metavar="fp32|fp16", help="Of every target [recipe's].")
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A .pth, .pt or .safetensors checkpoint.")
-    ] = None,
-    inputs: Annotated[
-        list[str],
-        typer.Option(
-            "--input",
-            metavar="NAME:SHAPE",
-            help="An input's shape, as x:1x128x12 or ids:batchx64:int64; once for each.",
-        ),
-    ] = [],  # noqa: B006
+    weights: options.WeightsFile = None,
+    inputs: options.Inputs = [],  # noqa: B006
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The bundle's folder [out/RECIPE].")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older bundle in DIR.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not verify.")] = False,
     no_bench: Annotated[bool, typer.Option("--no-bench", help="Do not measure latency.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Convert fp16 that `flowexport check` calls unsafe.")
+    ] = False,
     require: options.Require = [],  # noqa: B006
     threads: options.Threads = None,
     dry_run: Annotated[
@@ -67,7 +50,7 @@ def convert(
     from flowexport.plan import make_plan
 
     with show_progress(verbose) as progress:
-        specs = [_parse_input(text) for text in inputs]
+        specs = [options.parse_input(text) for text in inputs]
         progress.stage("resolve")
         plan = make_plan(
             source,
@@ -79,7 +62,10 @@ def convert(
             force=force,
             threads=threads,
             require=require,
+            check=not no_check,
         )
+        for name, found in plan.checks.items():
+            progress.note(f"{name}: {found.action}")
         if not dry_run:
             result = run_plan(
                 plan,
@@ -94,15 +80,6 @@ def convert(
         return 0
     print_json(_document(result)) if json else _print_result(result)
     return exit_code(result)
-
-
-def _parse_input(text: str) -> TensorSpec:
-    name, colon, shape = text.partition(":")
-    if not colon or not name.isidentifier():
-        raise InputError(
-            f"--input {text}: names no input; expected NAME:SHAPE.", fix="--input x:1x128x12"
-        )
-    return parse_shape(name, shape)
 
 
 def _document(result: Result) -> dict[str, Any]:

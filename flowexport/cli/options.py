@@ -7,8 +7,29 @@ from typing import Annotated
 
 import typer
 
-from flowexport.cli.console import complete_target
+from flowexport.cli.console import complete_recipe, complete_target
+from flowexport.core.errors import InputError
+from flowexport.core.types import TensorSpec
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE_OR_MODEL",
+        help="A recipe's name or path, a model's name, or path/to/file.py:factory.",
+        autocompletion=complete_recipe,
+    ),
+]
+WeightsFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A .pth, .pt or .safetensors checkpoint.")
+]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        metavar="NAME:SHAPE",
+        help="An input's shape, as x:1x128x12 or ids:batchx64:int64; once for each.",
+    ),
+]
 Targets = Annotated[
     list[str],
     typer.Option(
@@ -44,3 +65,19 @@ Save = Annotated[
 BundlePath = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A folder made by `flowexport convert`.")
 ]
+
+
+def parse_input(text: str) -> TensorSpec:
+    """Read one ``--input``.
+
+    Raises:
+        InputError: it names no input, or its shape cannot be read.
+    """
+    from flowexport.recipes import parse_shape
+
+    name, colon, shape = text.partition(":")
+    if not colon or not name.isidentifier():
+        raise InputError(
+            f"--input {text}: names no input; expected NAME:SHAPE.", fix="--input x:1x128x12"
+        )
+    return parse_shape(name, shape)
