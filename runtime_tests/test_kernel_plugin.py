@@ -22,13 +22,13 @@ from flowexport.ops.flow_attention.op import flow_attention, op_arguments
 from flowexport.ops.flow_attention.reference import flow_attention_reference
 from flowexport.ops.flow_attention.tensorrt.build import build_host, source_hash
 from flowexport.ops.flow_attention.tensorrt.kernel import KernelLibrary, problem
-from flowexport.ops.flow_attention.tensorrt.plugin import (
+from flowexport.ops.flow_attention.tensorrt.plugin_fields import (
     Kernels,
-    builder_environment,
     check_shapes,
     find_kernel,
     parse_fields,
 )
+from flowexport.ops.flow_attention.tensorrt.rtx import builder_environment
 from flowexport.ops.flow_attention.tensorrt.workspace import workspace_bytes
 from flowexport.ops.flow_attention.variant import VARIANTS, FlowVariant
 

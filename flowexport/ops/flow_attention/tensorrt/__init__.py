@@ -9,7 +9,11 @@ cubins need ptxas at build time and scratch arguments at run time). nvcc
 compiles it ahead for every supported compute capability into one library with
 a plain C interface that needs the driver alone.
 
-What the host build cannot execute: shuffles, barriers, conversions and fast
-exponentials of the GPU itself (each one wrapper in ``cuda/block.h`` or
-``cuda/row.h``, with a host twin in the same order of rounding).
+16-bit tensors of width 32 and more use tensor cores (TF32 operands, float32
+sums) from compute capability 8.0 on. The host executes the same fragments,
+multiplied by the layout of the PTX manual.
+
+What the host build cannot execute: the GPU's own shuffles, barriers, matrix
+instruction, conversions and fast exponentials. Each is one wrapper in
+``cuda/block.h``, ``cuda/row.h`` or ``cuda/mma.h`` with a host twin.
 """

@@ -92,22 +92,24 @@ def _compile(command: Sequence[str], output: Path) -> Path:
     return output
 
 
-def build_host(folder: Path | None = None, *, reverse: bool = False) -> Path:
+def build_host(folder: Path | None = None, *, reverse: bool = False, plain: bool = False) -> Path:
     """Compile the host library and return its path; an up-to-date one is kept.
 
     Args:
         folder: where to put it; the cache by default.
         reverse: run the threads of each phase in reverse order.
+        plain: take the path of GPUs without TF32 tensor cores (before 8.0).
 
     Raises:
         UnavailableError: no C++ compiler, or it refuses the source.
     """
     compiler = _tool((os.environ.get("CXX"), "g++"), "C++ compiler", "install g++ 12 or later")
-    order = "-reverse" if reverse else ""
+    order = ("-reverse" if reverse else "") + ("-plain" if plain else "")
     output = (folder or cache_dir()) / f"flow_attention-host{order}-{source_hash()[:16]}.so"
     if output.exists():
         return output
     extra = ["-DFLOWEXPORT_HOST_REVERSE"] if reverse else []
+    extra += ["-DFLOWEXPORT_HOST_PLAIN"] if plain else []
     return _compile(
         [compiler, *_HOST_FLAGS, *extra, "-x", "c++", str(SOURCE / "launch.cu")],
         output,

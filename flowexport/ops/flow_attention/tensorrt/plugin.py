@@ -13,55 +13,32 @@ for and running embedded code is allowed.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowexport.core.errors import ConversionError, InputError, UnavailableError
-from flowexport.ops.flow_attention.tensorrt.build import build_cuda, cache_dir, source_hash
+from flowexport.core.errors import ConversionError, InputError
+from flowexport.ops.flow_attention.tensorrt.build import source_hash
 from flowexport.ops.flow_attention.tensorrt.kernel import KernelLibrary, problem
+from flowexport.ops.flow_attention.tensorrt.plugin_fields import (
+    ATTRIBUTES,
+    CODE_FIELD,
+    FLOAT_FIELDS,
+    NAME,
+    NAMESPACE,
+    SOURCE_FIELD,
+    TEXT_FIELDS,
+    VERSION,
+    Kernels,
+    check_shapes,
+    find_kernel,
+    parse_fields,
+)
 from flowexport.ops.flow_attention.tensorrt.workspace import workspace_bytes
 from flowexport.ops.flow_attention.variant import FlowVariant
-
-NAME = "FlowAttention"
-NAMESPACE = "flowexport"
-VERSION = "1"
-
-_TEXT = ("feature_map", "flow_axis", "competition_axis")
-_FLOAT = ("eps", "outer_eps")
-_ATTRIBUTES = (*_TEXT, *_FLOAT, "causal", "clamp")
-_SOURCE, _CODE = "kernel_source_sha256", "kernel_library"
-
-
-@dataclass
-class Kernels:
-    """Where plugins find the compiled kernel.
-
-    Attributes:
-        library: a compiled CUDA library; looked up or built when None.
-        embed: put ``library``'s bytes into engines that are built.
-        allow_embedded: run the native code an engine carries. Only for
-            engines you trust like a program you install.
-        failures: what plugins refused, in words.
-        created: the variant of each plugin that the ONNX parser made, by node name.
-        embedded_once: whether a plugin of this build carries the library already.
-        embedded: the library that a plugin of a loaded engine carried.
-    """
-
-    library: Path | None = None
-    embed: bool = False
-    allow_embedded: bool = False
-    failures: list[str] = field(default_factory=list)
-    created: dict[str, FlowVariant] = field(default_factory=dict)
-    embedded_once: bool = False
-    embedded: bytes = b""
 
 
 def _told(method: Any) -> Any:
@@ -77,101 +54,6 @@ def _told(method: Any) -> Any:
             raise
 
     return wrapper
-
-
-def parse_fields(fields: Mapping[str, Any]) -> FlowVariant:
-    """Read the variant from plugin fields or ONNX attributes, by name.
-
-    Args:
-        fields: text fields as str or bytes, numbers as arrays of one element,
-            ``clamp`` as two floats or absent.
-
-    Raises:
-        InputError: a field has another size or a value nobody published.
-    """
-
-    def text(name: str, default: str) -> str:
-        value = fields.get(name, default)
-        if isinstance(value, np.ndarray):
-            value = value.tobytes()
-        return (value.decode() if isinstance(value, bytes) else str(value)).rstrip("\0")
-
-    def numbers(name: str, count: int) -> list[float] | None:
-        if name not in fields:
-            return None
-        value = np.atleast_1d(np.asarray(fields[name], dtype=np.float64))
-        if value.size == 0:
-            return None
-        if value.size != count:
-            raise InputError(
-                f"plugin {NAME}: field {name} has {value.size} values; expected {count}."
-            )
-        return [float(x) for x in value]
-
-    default = FlowVariant()
-    clamp = numbers("clamp", 2)
-    causal = numbers("causal", 1)
-    return FlowVariant(
-        feature_map=text("feature_map", default.feature_map),
-        clamp=None if clamp is None else (clamp[0], clamp[1]),
-        eps=(numbers("eps", 1) or [default.eps])[0],
-        outer_eps=(numbers("outer_eps", 1) or [default.outer_eps])[0],
-        causal=bool(causal and causal[0]),
-        flow_axis=text("flow_axis", default.flow_axis),
-        competition_axis=text("competition_axis", default.competition_axis),
-    )
-
-
-def check_shapes(shapes: Sequence[Sequence[int]], where: str = f"plugin {NAME}") -> None:
-    """Raise InputError unless shapes are q, k, v's; -1 stands for a dimension not yet known."""
-    if len(shapes) != 3 or any(len(s) != 4 for s in shapes):
-        raise InputError(
-            f"{where}: inputs have shapes {[tuple(s) for s in shapes]};"
-            " expected q, k, v of 4 dimensions (B, N, H, D)."
-        )
-    q, k, v = shapes
-    for what, members in (
-        ("batch", (q[0], k[0], v[0])),
-        ("heads", (q[2], k[2], v[2])),
-        ("source tokens", (k[1], v[1])),
-        ("width", (q[3], k[3])),
-    ):
-        if len({m for m in members if m >= 0}) > 1:
-            raise InputError(f"{where}: {what} are {members}; expected one number.")
-    for what, width in (("width", q[3]), ("value width", v[3])):
-        if not 1 <= width <= 128:
-            raise InputError(f"{where}: {what} is {width}; expected a fixed number from 1 to 128.")
-
-
-def find_kernel(wanted: str, kernels: Kernels) -> KernelLibrary:
-    """Return the CUDA library for the source hash an engine was built with.
-
-    Raises:
-        UnavailableError: there is none, and none can be compiled here.
-    """
-    if kernels.library is not None:
-        return KernelLibrary(kernels.library)
-    for path in sorted(cache_dir().glob(f"flow_attention-sm*-{wanted[:16]}.so")):
-        return KernelLibrary(path)
-    if kernels.embedded and kernels.allow_embedded:
-        embedded = kernels.embedded
-        digest = hashlib.sha256(embedded).hexdigest()
-        folder = cache_dir()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = folder / f"embedded-{digest}.so"
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            handle, partial = tempfile.mkstemp(dir=folder, suffix=".so")
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(embedded)
-            Path(partial).replace(path)
-        return KernelLibrary(path)
-    if wanted == source_hash():
-        return KernelLibrary(build_cuda())
-    raise UnavailableError(
-        f"plugin {NAME}: the engine was built with kernel source {wanted[:16]}, this is"
-        f" {source_hash()[:16]}; expected the same.",
-        fix="build the engine again, or pass the kernel library it was built with",
-    )
 
 
 @cache
@@ -270,15 +152,18 @@ def _plugin_class(trt: Any) -> type:
         def get_fields_to_serialize(self) -> Any:
             v = self.variant
             fields = [
-                *((name, getattr(v, name).encode(), "CHAR") for name in _TEXT),
-                *((name, np.array([getattr(v, name)], np.float32), "FLOAT32") for name in _FLOAT),
+                *((name, getattr(v, name).encode(), "CHAR") for name in TEXT_FIELDS),
+                *(
+                    (name, np.array([getattr(v, name)], np.float32), "FLOAT32")
+                    for name in FLOAT_FIELDS
+                ),
                 ("causal", np.array([int(v.causal)], np.int32), "INT32"),
-                (_SOURCE, self.source.encode(), "CHAR"),
+                (SOURCE_FIELD, self.source.encode(), "CHAR"),
             ]
             if v.clamp is not None:
                 fields.append(("clamp", np.array(v.clamp, np.float32), "FLOAT32"))
             if self.embedded:
-                fields.append((_CODE, self.embedded, "CHAR"))
+                fields.append((CODE_FIELD, self.embedded, "CHAR"))
             self._data = [data for _, data, _ in fields]  # TensorRT keeps pointers only
             self._fields = trt.PluginFieldCollection(
                 [
@@ -324,9 +209,12 @@ def _creator_class(trt: Any) -> type:
             kinds = trt.PluginFieldType
             self.field_names = trt.PluginFieldCollection(
                 [
-                    *(trt.PluginField(name, b"", kinds.CHAR) for name in _TEXT),
-                    *(trt.PluginField(n, np.array([]), kinds.FLOAT32) for n in (*_FLOAT, "clamp")),
-                    trt.PluginField("causal", np.array([]), kinds.INT32),
+                    *(trt.PluginField(name, b"", kinds.CHAR) for name in TEXT_FIELDS),
+                    *(
+                        trt.PluginField(n, np.array([]), kinds.FLOAT32)
+                        for n in (*FLOAT_FIELDS, "clamp")
+                    ),
+                    trt.PluginField("causal", b"", kinds.INT32),
                 ]
             )
             self.kernels = kernels
@@ -334,13 +222,13 @@ def _creator_class(trt: Any) -> type:
         @_told
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             found = {one.name: one.data for one in fields}
-            known = {*_ATTRIBUTES, _SOURCE, _CODE, "plugin_version", "plugin_namespace"}
+            known = {*ATTRIBUTES, SOURCE_FIELD, CODE_FIELD, "plugin_version", "plugin_namespace"}
             if unknown := sorted(set(found) - known):
                 raise InputError(
                     f"plugin {NAME} {name}: unknown field {unknown[0]!r};"
-                    f" expected one of {sorted(_ATTRIBUTES)}."
+                    f" expected one of {sorted(ATTRIBUTES)}."
                 )
-            variant = parse_fields({k: v for k, v in found.items() if k in _ATTRIBUTES})
+            variant = parse_fields({k: v for k, v in found.items() if k in ATTRIBUTES})
             kernels = self.kernels
             source, embedded = source_hash(), b""
             if phase == trt.TensorRTPhase.BUILD:
@@ -350,8 +238,8 @@ def _creator_class(trt: Any) -> type:
                     kernels.embedded_once = True
             else:
                 # The C++ plugin writes no hash: its kernel is built in.
-                source = bytes(found.get(_SOURCE, b"")).decode().rstrip("\0") or source_hash()
-                embedded = bytes(found.get(_CODE, b""))
+                source = bytes(found.get(SOURCE_FIELD, b"")).decode().rstrip("\0") or source_hash()
+                embedded = bytes(found.get(CODE_FIELD, b""))
                 kernels.embedded = embedded or kernels.embedded
             return _plugin_class(trt)(variant, kernels, source, embedded)
 
@@ -429,52 +317,3 @@ def require_plugins(trt: Any, network: Any, expected: int, where: str) -> None:
         f" one a node{f' ({said})' if said else ''}.",
         fix=f"the nodes need plugin_namespace={NAMESPACE!r} and plugin_version={VERSION!r}",
     )
-
-
-def make_rtx_shim(folder: Path) -> Path:
-    """Make the folder that lets TensorRT-RTX's parser find its own library.
-
-    With any V3ONE plugin the parser opens the bare name ``libtensorrt_rtx.so``,
-    which the wheel does not ship, and the process ends. A symbolic link of
-    that name cures it, in a folder that is on ``LD_LIBRARY_PATH`` when the
-    process starts.
-
-    Returns:
-        ``folder``, made if need be.
-
-    Raises:
-        UnavailableError: TensorRT-RTX is not installed.
-    """
-    from importlib.util import find_spec
-
-    spec = find_spec("tensorrt_rtx_libs")
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    found = [p for place in places for p in sorted(Path(place).rglob("libtensorrt_rtx.so.*"))]
-    if not found:
-        raise UnavailableError(
-            "plugin: no libtensorrt_rtx.so.* beside the package tensorrt_rtx_libs; expected one.",
-            fix="pip install 'flowexport[tensorrt]'",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    link = folder / "libtensorrt_rtx.so"
-    if not link.is_symlink() or link.resolve() != found[0].resolve():
-        link.unlink(missing_ok=True)
-        link.symlink_to(found[0])
-    return folder
-
-
-def builder_environment(
-    module: str, folder: Path, environment: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Return the environment for a process that builds with the plugin.
-
-    Args:
-        module: ``tensorrt`` or ``tensorrt_rtx``.
-        folder: where the link may lie; must outlive the process.
-        environment: to start from; this process's own by default.
-    """
-    result = dict(os.environ if environment is None else environment)
-    if module == "tensorrt_rtx":
-        paths = [str(make_rtx_shim(folder)), result.get("LD_LIBRARY_PATH", "")]
-        result["LD_LIBRARY_PATH"] = os.pathsep.join(p for p in paths if p)
-    return result

@@ -185,7 +185,7 @@ int launch_context(const Args& a, Stream stream) {
   const int64_t pairs = a.batch * a.heads;
   using Context = ContextKernel<K, W>;
   using Join = JoinKernel<K, W != Weights::kGiven>;
-  FX_LAUNCH(Context, 8192, pairs * a.splits);
+  FX_LAUNCH(Context, 10240, pairs * a.splits);
   FX_LAUNCH(Join, 0, pairs * Join::kBlocks);
   return 0;
 }
@@ -205,10 +205,10 @@ int launch_flow_attention(const Args& a, const Problem& p, bool whole, Stream st
     using Context = ContextKernel<K, Weights::kGiven>;
     using Prefix = ContextPrefixKernel<K>;
     using Output = CausalOutputKernel<K>;
-    FX_LAUNCH(Flows, 8192, segments);
-    FX_LAUNCH(Conserved, 8192, segments);
+    FX_LAUNCH(Flows, 10240, segments);
+    FX_LAUNCH(Conserved, 10240, segments);
     FX_LAUNCH(CompetitionKernel<K>, 4 * kThreads, segments);
-    FX_LAUNCH(Context, 8192, segments);
+    FX_LAUNCH(Context, 10240, segments);
     FX_LAUNCH(Prefix, 0, pairs * Prefix::kBlocks);
     FX_LAUNCH(Output, Output::kArena, segments);
     return 0;

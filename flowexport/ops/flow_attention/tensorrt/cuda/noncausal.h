@@ -10,6 +10,7 @@
 #ifndef FLOWEXPORT_NONCAUSAL_H_
 #define FLOWEXPORT_NONCAUSAL_H_
 
+#include "mma.h"
 #include "row.h"
 
 namespace flowexport {
@@ -26,55 +27,67 @@ FX_DEVICE float clamped_flow(const Args& a, float flow) {
 }
 
 template <class K>
-struct Accumulator {
+struct ContextFma {
   static constexpr int kEdge = K::P == 128 ? 8 : 4;  // a thread owns kEdge × kEdge results
   static constexpr int kAcross = K::P / kEdge;
   static constexpr int kCells = kAcross * kAcross;
   static constexpr int kSlices = kThreads / kCells;  // threads that share a result, by token
-  float x[kEdge][kEdge];
+  struct C {
+    float x[kEdge][kEdge];
+  };
+
+
+  // Σ over one tile of a[token][i]·b[token][j], scaled in: total = total·factor + sum.
+  static FX_DEVICE void add_tile(const float* a, const float* b, float factor,
+                                 PerThread<C>& total) {
+    FX_THREADS(t) {
+      const int cell = t % kCells;
+      const int i0 = cell / kAcross * kEdge, j0 = cell % kAcross * kEdge;
+      C sum = {};
+      for (int token = t / kCells; token < K::kTokens; token += kSlices) {
+        float x[kEdge], y[kEdge];
+        for (int e = 0; e < kEdge; e += 4) {
+          const Float4 x4 = load4(a + token * K::P + i0 + e), y4 = load4(b + token * K::P + j0 + e);
+          for (int f = 0; f < 4; ++f) x[e + f] = x4.x[f], y[e + f] = y4.x[f];
+        }
+        for (int i = 0; i < kEdge; ++i)
+          for (int j = 0; j < kEdge; ++j) sum.x[i][j] += x[i] * y[j];
+      }
+      for (int i = 0; i < kEdge; ++i)
+        for (int j = 0; j < kEdge; ++j)
+          total[t].x[i][j] = total[t].x[i][j] * factor + sum.x[i][j];
+    }
+  }
+
+  // Each slice's share of the result, slice after slice.
+  static FX_DEVICE void store(PerThread<C>& total, float* result) {
+    FX_THREADS(t) {
+      const int cell = t % kCells;
+      const int i0 = cell / kAcross * kEdge, j0 = cell % kAcross * kEdge;
+      float* p = result + (t / kCells) * K::P * K::P;
+      for (int i = 0; i < kEdge; ++i)
+        for (int j = 0; j < kEdge; ++j) p[(i0 + i) * K::P + j0 + j] = total[t].x[i][j];
+    }
+  }
 };
 
-// Σ over one tile of a[token][i]·b[token][j], scaled in: total = total·factor + sum.
+template <class K, bool = K::kMma>
+struct ContextProduct : ContextFma<K> {};
 template <class K>
-FX_DEVICE void add_tile(const float* a, const float* b, float factor,
-                        PerThread<Accumulator<K>>& total) {
-  using A = Accumulator<K>;
-  FX_THREADS(t) {
-    const int cell = t % A::kCells;
-    const int i0 = cell / A::kAcross * A::kEdge, j0 = cell % A::kAcross * A::kEdge;
-    A sum = {};
-    for (int token = t / A::kCells; token < K::kTokens; token += A::kSlices) {
-      float x[A::kEdge], y[A::kEdge];
-      for (int e = 0; e < A::kEdge; e += 4) {
-        const Float4 x4 = load4(a + token * K::P + i0 + e), y4 = load4(b + token * K::P + j0 + e);
-        for (int f = 0; f < 4; ++f) x[e + f] = x4.x[f], y[e + f] = y4.x[f];
-      }
-      for (int i = 0; i < A::kEdge; ++i)
-        for (int j = 0; j < A::kEdge; ++j) sum.x[i][j] += x[i] * y[j];
-    }
-    for (int i = 0; i < A::kEdge; ++i)
-      for (int j = 0; j < A::kEdge; ++j) total[t].x[i][j] = total[t].x[i][j] * factor + sum.x[i][j];
-  }
-}
+struct ContextProduct<K, true> : ContextMma<K> {};
 
 // Write the P × P result, slices added in order. `scratch` holds kSlices·P·P floats if > 1.
 template <class K>
-FX_DEVICE void store_total(PerThread<Accumulator<K>>& total, float* scratch, float* result) {
-  using A = Accumulator<K>;
-  float* target = A::kSlices > 1 ? scratch : result;
-  FX_THREADS(t) {
-    const int cell = t % A::kCells;
-    const int i0 = cell / A::kAcross * A::kEdge, j0 = cell % A::kAcross * A::kEdge;
-    float* p = target + (t / A::kCells) * K::P * K::P;
-    for (int i = 0; i < A::kEdge; ++i)
-      for (int j = 0; j < A::kEdge; ++j) p[(i0 + i) * K::P + j0 + j] = total[t].x[i][j];
-  }
+FX_DEVICE void store_total(PerThread<typename ContextProduct<K>::C>& total, float* scratch,
+                           float* result) {
+  constexpr int kSlices = ContextProduct<K>::kSlices;
+  ContextProduct<K>::store(total, kSlices > 1 ? scratch : result);
   FX_SYNC();
-  if (A::kSlices > 1) {
+  if (kSlices > 1) {
     FX_THREADS(t) {
       for (int e = t; e < K::P * K::P; e += kThreads) {
         float sum = 0.0f;
-        for (int s = 0; s < A::kSlices; ++s) sum += scratch[s * K::P * K::P + e];
+        for (int s = 0; s < kSlices; ++s) sum += scratch[s * K::P * K::P + e];
         result[e] = sum;
       }
     }
@@ -96,7 +109,7 @@ FX_DEVICE WeightTotal context_segment(const Args& a, int64_t pair, Range range, 
   const int64_t k_stride = a.heads * a.width, v_stride = a.heads * a.value_width;
   const float* given = a.row_weight == nullptr ? nullptr : a.row_weight + pair * a.sources;
   const bool online = weights != Weights::kGiven && !a.clamped;
-  PerThread<Accumulator<K>> total;
+  PerThread<typename ContextProduct<K>::C> total;
   PerThread<typename K::Vec> x;
   PerThread<float> share, weight_sum;
   FX_THREADS(t) {
@@ -119,7 +132,8 @@ FX_DEVICE WeightTotal context_segment(const Args& a, int64_t pair, Range range, 
         const int tile_row = r + t / K::kLanes;
         const int64_t row = first + tile_row;
         if (tile_row < K::kTokens) {
-          store_vec<K>(s.a + tile_row * K::P + (t % K::kLanes) * K::kVec, x[t]);
+          store_operand<K>(s.a + tile_row * K::kPitchContext + (t % K::kLanes) * K::kVec,
+                           x[t]);
           if (t % K::kLanes == 0) {
             float value = -INFINITY;
             if (row < range.end)
@@ -157,12 +171,12 @@ FX_DEVICE WeightTotal context_segment(const Args& a, int64_t pair, Range range, 
             y = load_row<K>(v + row * v_stride, column, a.value_width, a.vector_v);
             for (int i = 0; i < K::kVec; ++i) y.x[i] *= weight;
           }
-          store_vec<K>(s.b + tile_row * K::P + column, y);
+          store_operand<K>(s.b + tile_row * K::kPitchContext + column, y);
         }
       }
     }
     FX_SYNC();
-    add_tile<K>(s.a, s.b, factor, total);
+    ContextProduct<K>::add_tile(s.a, s.b, factor, total);
     FX_SYNC();
   }
   const float sum = block_sum(weight_sum, s.reduce);
@@ -170,28 +184,101 @@ FX_DEVICE WeightTotal context_segment(const Args& a, int64_t pair, Range range, 
   return {maximum, sum};
 }
 
-// Rows [range) of the result. With `given`, row_scale holds S·a/I already.
+// Columns [block, block + kColumns) of a tile's rows: q·context by a thread's own sums.
 template <class K>
-FX_DEVICE void output_segment(const Args& a, int64_t pair, Range range, bool given,
-                              const float* sum_k_eps, const float* flow_k_eps, Shared& s) {
+FX_DEVICE void output_tile(const Args& a, Shared& s, typename K::Element* out, int64_t first,
+                           int64_t end, int block) {
   using T = typename K::Element;
   constexpr int kLanesOut = K::kColumns / 4;
   constexpr int kGroups = kThreads / kLanesOut;
   constexpr int kRowsOut = K::kTokens / kGroups;
   // In float32, short runs are added up: rounding grows with the root of the longest chain.
   constexpr int kRun = sizeof(T) == 4 && K::P > 16 ? 16 : K::P;
+  const int64_t out_stride = a.heads * a.value_width;
+  FX_THREADS(t) {
+    const int j = t % kLanesOut * 4, group = t / kLanesOut;
+    float sum[kRowsOut][4] = {};
+    for (int d0 = 0; d0 < K::P; d0 += kRun) {
+      float part[kRowsOut][4] = {};
+      for (int d = d0; d < d0 + kRun; d += 4) {
+        Float4 c[4];
+        for (int e = 0; e < 4; ++e) c[e] = load4(s.b + (d + e) * K::kColumns + j);
+        for (int r = 0; r < kRowsOut; ++r) {
+          const Float4 y = load4(s.a + (group + r * kGroups) * K::P + d);
+          for (int e = 0; e < 4; ++e)
+            for (int i = 0; i < 4; ++i) part[r][i] += y.x[e] * c[e].x[i];
+        }
+      }
+      for (int r = 0; r < kRowsOut; ++r)
+        for (int i = 0; i < 4; ++i) sum[r][i] += part[r][i];
+    }
+    for (int r = 0; r < kRowsOut; ++r) {
+      const int tile_row = group + r * kGroups;
+      const int64_t row = first + tile_row;
+      if (row < end) {
+        struct alignas(4 * sizeof(T)) Four {
+          T x[4];
+        } y;
+        for (int i = 0; i < 4; ++i) from_float(sum[r][i] * s.rows[tile_row], y.x[i]);
+        T* p = out + row * out_stride + block + j;
+        if (a.vector_v && block + j + 4 <= a.value_width) {
+          *reinterpret_cast<Four*>(p) = y;
+        } else {
+          for (int i = 0; i < 4; ++i)
+            if (block + j + i < a.value_width) p[i] = y.x[i];
+        }
+      }
+    }
+  }
+}
+
+// The same columns from a tile in shared memory, 16 bytes a thread.
+template <class K>
+FX_DEVICE void store_rows(const Args& a, const float* tile, typename K::Element* out,
+                          int64_t first, int64_t end, int block) {
+  using T = typename K::Element;
+  struct alignas(16) Raw {
+    T x[K::kVec];
+  };
+  constexpr int kLanes = K::kColumns / K::kVec, kRows = kThreads / kLanes;
+  const int64_t out_stride = a.heads * a.value_width;
+  FX_THREADS(t) {
+    const int column = t % kLanes * K::kVec;
+    for (int r = t / kLanes; r < K::kTokens && first + r < end; r += kRows) {
+      Raw y;
+      for (int i = 0; i < K::kVec; ++i) from_float(tile[r * K::kPitchRows + column + i], y.x[i]);
+      T* p = out + (first + r) * out_stride + block + column;
+      if (a.vector_v && block + column + K::kVec <= a.value_width) {
+        *reinterpret_cast<Raw*>(p) = y;
+      } else {
+        for (int i = 0; i < K::kVec; ++i)
+          if (block + column + i < a.value_width) p[i] = y.x[i];
+      }
+    }
+  }
+}
+
+// Rows [range) of the result. With `given`, row_scale holds S·a/I already.
+template <class K>
+FX_DEVICE void output_segment(const Args& a, int64_t pair, Range range, bool given,
+                              const float* sum_k_eps, const float* flow_k_eps, Shared& s) {
+  using T = typename K::Element;
   const T* q = head_rows<T>(a.q, a, pair, a.sinks, a.width);
   T* out = const_cast<T*>(head_rows<T>(a.out, a, pair, a.sinks, a.value_width));
-  const int64_t q_stride = a.heads * a.width, out_stride = a.heads * a.value_width;
+  const int64_t q_stride = a.heads * a.width;
   const float* context = a.context + pair * K::P * K::P;
   const float ratio = static_cast<float>(a.sinks) / static_cast<float>(a.sources);
   PerThread<typename K::Vec> x;
   PerThread<float> incoming, conserved;
   for (int block = 0; block < K::P && block < a.value_width; block += K::kColumns) {
     FX_THREADS(t) {
-      for (int e = 4 * t; e < K::P * K::kColumns; e += 4 * kThreads)
-        store4(s.b + e,
-               load4(context + e / K::kColumns * K::P + block + e % K::kColumns));
+      for (int e = 4 * t; e < K::P * K::kColumns; e += 4 * kThreads) {
+        const int d = e / K::kColumns, column = e % K::kColumns;
+        Float4 c = load4(context + d * K::P + block + column);
+        if (K::kMma)
+          for (int i = 0; i < 4; ++i) c.x[i] = to_tf32(c.x[i]);
+        store4(s.b + d * K::kPitchColumns + column, c);
+      }
     }
     for (int64_t first = range.begin; first < range.end; first += K::kTokens) {
       for (int r = 0; r < K::kTokens; r += K::kRows) {
@@ -213,7 +300,7 @@ FX_DEVICE void output_segment(const Args& a, int64_t pair, Range range, bool giv
           const int tile_row = r + t / K::kLanes;
           const int64_t row = first + tile_row;
           if (tile_row < K::kTokens) {
-            store_vec<K>(s.a + tile_row * K::P + (t % K::kLanes) * K::kVec, x[t]);
+            store_operand<K>(s.a + tile_row * K::kPitchRows + (t % K::kLanes) * K::kVec, x[t]);
             if (t % K::kLanes == 0) {
               float scale = 0.0f;
               if (row < range.end)
@@ -226,40 +313,11 @@ FX_DEVICE void output_segment(const Args& a, int64_t pair, Range range, bool giv
         }
       }
       FX_SYNC();
-      FX_THREADS(t) {
-        const int j = t % kLanesOut * 4, group = t / kLanesOut;
-        float sum[kRowsOut][4] = {};
-        for (int d0 = 0; d0 < K::P; d0 += kRun) {
-          float part[kRowsOut][4] = {};
-          for (int d = d0; d < d0 + kRun; d += 4) {
-            Float4 c[4];
-            for (int e = 0; e < 4; ++e) c[e] = load4(s.b + (d + e) * K::kColumns + j);
-            for (int r = 0; r < kRowsOut; ++r) {
-              const Float4 y = load4(s.a + (group + r * kGroups) * K::P + d);
-              for (int e = 0; e < 4; ++e)
-                for (int i = 0; i < 4; ++i) part[r][i] += y.x[e] * c[e].x[i];
-            }
-          }
-          for (int r = 0; r < kRowsOut; ++r)
-            for (int i = 0; i < 4; ++i) sum[r][i] += part[r][i];
-        }
-        for (int r = 0; r < kRowsOut; ++r) {
-          const int tile_row = group + r * kGroups;
-          const int64_t row = first + tile_row;
-          if (row < range.end) {
-            struct alignas(4 * sizeof(T)) Four {
-              T x[4];
-            } y;
-            for (int i = 0; i < 4; ++i) from_float(sum[r][i] * s.rows[tile_row], y.x[i]);
-            T* p = out + row * out_stride + block + j;
-            if (a.vector_v && block + j + 4 <= a.value_width) {
-              *reinterpret_cast<Four*>(p) = y;
-            } else {
-              for (int i = 0; i < 4; ++i)
-                if (block + j + i < a.value_width) p[i] = y.x[i];
-            }
-          }
-        }
+      if constexpr (K::kMma) {
+        OutputMma<K>::multiply(s.a, s.b, s.rows);
+        store_rows<K>(a, s.a, out, first, range.end, block);
+      } else {
+        output_tile<K>(a, s, out, first, range.end, block);
       }
       FX_SYNC();
     }

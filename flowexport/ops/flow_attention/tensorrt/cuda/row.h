@@ -25,6 +25,13 @@ struct Args {
   float *part_context, *part_max, *part_sum, *context;
 };
 
+// Tensor cores need compute capability 8.0; the host build executes either path.
+#if defined(FLOWEXPORT_HOST_PLAIN) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
+constexpr bool kTensorCores = false;
+#else
+constexpr bool kTensorCores = true;
+#endif
+
 // One width P (D and M rounded up to it) and one element type.
 template <class T, int P_>
 struct Tile {
@@ -35,7 +42,13 @@ struct Tile {
   static constexpr int kRows = kThreads / kLanes;                // rows a sweep of the block
   static constexpr int kTokens = 4096 / P;                       // rows of a shared-memory tile
   static constexpr int kColumns = P < 64 ? P : 64;  // output columns of a block at a time
-  static constexpr int kArena = 4096 + (P == 128 ? 8192 : 4096);  // shared floats, see Shared
+  static constexpr bool kMma = kTensorCores && sizeof(T) == 2 && P >= 32;
+  // Rows of shared tiles lie this far apart, so that a warp's fragment meets 32 banks.
+  static constexpr int kPitchContext = P + (kMma ? 8 : 0);
+  static constexpr int kPitchRows = P + (kMma ? 4 : 0);
+  static constexpr int kPitchColumns = kColumns + (kMma ? 8 : 0);
+  // Shared floats of the largest layout, see Shared.
+  static constexpr int kArena = 5120 + (P == 128 ? 128 * 72 : 5120);
   struct alignas(16) Vec {
     float x[kVec];
   };
@@ -43,7 +56,7 @@ struct Tile {
 
 constexpr int kMaxWidth = 128;
 
-// A block's shared memory. a and b are one arena, b 4,096 floats after a.
+// A block's shared memory. a and b are one arena, b 5,120 floats after a.
 struct Shared {
   static constexpr int kFixed = kWarps + 4 * kMaxWidth + 512 + 2 * kThreads;
   float *reduce, *rows, *scratch, *a, *b;
@@ -54,7 +67,7 @@ struct Shared {
         rows(base + 4 * kMaxWidth),
         scratch(rows + 512),
         a(base + kFixed),
-        b(a + 4096),
+        b(a + 5120),
         vectors(reinterpret_cast<float (*)[kMaxWidth]>(base)) {}
 };
 
@@ -132,6 +145,33 @@ FX_DEVICE void store_vec(float* p, const typename K::Vec& x) {
     const Float4 v = {{x.x[i], x.x[i + 1], x.x[i + 2], x.x[i + 3]}};
     store4(p + i, v);
   }
+}
+
+// As a tensor core's operand: float32 rounded to TF32, to nearest. Unchanged where there is none.
+#ifdef __CUDACC__
+FX_DEVICE float to_tf32(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return __uint_as_float(y);
+#else
+  return x;
+#endif
+}
+#else
+inline float to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0x1000u) & ~0x1fffu;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+#endif
+template <class K>
+FX_DEVICE void store_operand(float* p, typename K::Vec x) {
+  if (K::kMma)
+    for (int i = 0; i < K::kVec; ++i) x.x[i] = to_tf32(x.x[i]);
+  store_vec<K>(p, x);
 }
 
 // Where a (batch, head) pair's rows begin in a (batch, tokens, heads, width) tensor.
