@@ -15,7 +15,7 @@ from way_tools import refused
 
 from flowexport.bundle import file_table, write_json
 from flowexport.cli import run
-from flowexport.core.errors import BundleError, InputError
+from flowexport.core.errors import BundleError, InputError, VerificationError
 from flowexport.core.hashing import sha256_file
 from flowexport.package import CLIENTS, Package, make_package
 from flowexport.package.binary import Binary, read_tensor
@@ -241,3 +241,44 @@ def test_a_tensor_outside_its_file_is_refused(tmp_path: Path) -> None:
             read_tensor(data, {**second, **wrong}, "test")
     with pytest.raises(InputError, match="int64"):
         binary.add("c", np.arange(3))
+
+
+def test_a_causal_models_step_goes_along(bundle: Path, tmp_path: Path) -> None:
+    """ONNX has the step in a file beside the model, TFLite as a function of the same file."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "fakes"))
+    step = copy / "onnx" / "step.npz"
+    np.savez(step, w=np.zeros(3))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    frame, logits = ("x", ["batch", 3]), ("logits", ["batch", 4])
+    sums, following = ("sums", ["batch", 2, 5]), ("next_sums", ["batch", 2, 5])
+
+    def specs(*pairs: tuple[str, list[Any]]) -> list[dict[str, Any]]:
+        return [{"name": n, "shape": s, "dtype": "float32"} for n, s in pairs]
+
+    for target, file in (("onnx", step), ("tflite", copy / "tflite" / "tflite.npz")):
+        manifest["targets"][target]["functions"] = {
+            "step": {
+                "path": file.relative_to(copy).as_posix(),
+                "sha256": sha256_file(file),
+                "size_bytes": file.stat().st_size,
+                "inputs": specs(frame, sums),
+                "outputs": specs(logits, following),
+                "state": {"sums": "next_sums"},
+            }
+        }
+    manifest["files"] = file_table(copy)
+    write_json(copy / "manifest.json", manifest)
+    package = Package.open(make_package([copy], tmp_path / "out").path)
+    (model,) = package.manifest["models"]
+    streaming = model["streaming"]
+    assert streaming["states"] == [
+        {"name": "sums", "next": "next_sums", "shape": [1, 2, 5], "dtype": "float32", "initial": 0}
+    ]
+    assert streaming["inputs"] == specs(frame) and streaming["outputs"] == specs(logits)
+    onnx, tflite = streaming["files"]["onnx"], streaming["files"]["tflite"]
+    assert onnx["entry"] is None and onnx["path"] != model["files"]["onnx"]["path"]
+    assert sha256_file(package.path / onnx["path"]) == sha256_file(step)
+    assert tflite["entry"] == "step" and tflite["path"] == model["files"]["tflite"]["path"]
+    step.write_bytes(b"another")
+    with pytest.raises(VerificationError, match=r"step\.npz"):
+        make_package([copy], tmp_path / "no")

@@ -60,10 +60,9 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
     facts, times = row["facts"], row["latency"]["statistics"]
     load, memory, backend = facts["load"], facts["memory"], facts["backend"]
     fallback = None
-    if backend["requested"] != backend["effective"]:
-        used = backend["effective"] or "not told"
-        reason = f": {backend['fallback_reason']}" if backend["fallback_reason"] else ""
-        fallback = f"asked for {backend['requested']}, used: {used}{reason}"
+    if backend["fallback_reason"]:
+        used = backend["effective"] or "nothing"
+        fallback = f"asked for {backend['requested']}, used {used}: {backend['fallback_reason']}"
     return {
         "label": row["label"],
         "format": row["key"]["format"],
@@ -82,6 +81,8 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
         "facts": [
             ("Source", row["source"]),
             ("Runtime", runtime(row)),
+            ("Backend asked for", backend["requested"]),
+            ("Threads asked for", facts["threads"]["requested"]),
             ("Precision", row["key"]["precision"]),
             ("Operating system", _words(facts["os"].get("name"), facts["os"].get("version"))),
             ("Browser", _words(*_two(facts["browser"]))),

@@ -17,7 +17,7 @@ from flowexport.bundle import Bundle, Staging, file_table, output_errors, write_
 from flowexport.core.errors import InputError, UnknownNameError, VerificationError
 from flowexport.core.hashing import sha256_tree
 from flowexport.core.reports import ParityReport, Tolerance
-from flowexport.core.types import Artifact, Verdict
+from flowexport.core.types import STEP, Artifact, Verdict
 from flowexport.evidence import check_files, references
 from flowexport.package.binary import Binary, file_entry
 from flowexport.package.preprocessing import MAX_ABS, REASON, golden_samples, make_inputs
@@ -132,7 +132,8 @@ def choose_samples(targets: np.ndarray, count: int) -> np.ndarray:
 
 
 def _is_package(path: Path) -> None:
-    Package.open(path, check_files=False)
+    """Raise BundleError unless this looks like any package, also a damaged one."""
+    Package.open(path, check_files=False, check_schema=False)
 
 
 class _Model:
@@ -162,6 +163,7 @@ class _Model:
         binary = Binary(self.folder / "golden.bin", self.root)
         cases = _golden_cases(golden, binary)
         sources = self._sources(binary)
+        files = {t: self._file(t, a, parity.get(t)) for t, a in self.artifacts.items()}
         about = {k: v for k, v in manifest["preprocessing"].items() if k != "sources"}
         return {
             "id": self.name,
@@ -175,20 +177,14 @@ class _Model:
             "outputs": manifest["outputs"],
             "labels": manifest["labels"],
             "preprocessing": {"about": about, "sources": sources},
-            "files": {t: self._file(t, a, parity.get(t)) for t, a in self.artifacts.items()},
+            "files": files,
             "golden": {"file": binary.write(), "cases": cases},
             "evaluation": None if evaluation is None else self._evaluation(evaluation),
-            "streaming": None,
+            "streaming": self._streaming(files),
         }
 
     def _require_sound(self, target: str, artifact: Artifact, report: ParityReport | None) -> None:
-        actual = sha256_tree(artifact.path) if artifact.path.exists() else None
-        if actual != artifact.sha256:
-            state = "is missing" if actual is None else f"has sha256 {actual[:12]}…"
-            raise VerificationError(
-                f"{self.where}: {artifact.path.name} {state}; expected {artifact.sha256[:12]}….",
-                fix="convert again; a bundle is not edited by hand",
-            )
+        self._require_bytes(artifact.path, artifact.sha256)
         if report is None or report.verdict is Verdict.NOT_RUN:
             return
         reason = report.reason
@@ -201,17 +197,17 @@ class _Model:
                 fix=f"flowexport verify {self.bundle.path} --save shows all; convert again",
             )
 
+    def _require_bytes(self, path: Path, sha256: str) -> None:
+        actual = sha256_tree(path) if path.exists() else None
+        if actual != sha256:
+            state = "is missing" if actual is None else f"has sha256 {actual[:12]}…"
+            raise VerificationError(
+                f"{self.where}: {path.name} {state}; expected {sha256[:12]}….",
+                fix="convert again; a bundle is not edited by hand",
+            )
+
     def _file(self, target: str, artifact: Artifact, report: ParityReport | None) -> dict[str, Any]:
-        place = self.folder / f"{self.name}{artifact.path.suffix}"
-        if place.exists():  # two targets may write one kind of file
-            place = self.folder / f"{self.name}.{target}{artifact.path.suffix}"
-        parts = None
-        if artifact.path.is_dir():
-            shutil.copytree(artifact.path, place)
-            files = sorted(p for p in place.rglob("*") if p.is_file())
-            parts = [file_entry(p, self.root) for p in files]
-        else:
-            shutil.copyfile(artifact.path, place)
+        place, parts = self._ship(artifact.path, target)
         tolerance = Tolerance.from_json(self.bundle.manifest["targets"][target]["tolerance"])
         found = report if report is not None and report.verdict is Verdict.PASS else None
         return {
@@ -231,6 +227,59 @@ class _Model:
                 "max_rel": found.max_rel if found else None,
                 "accuracy": found.accuracy.accuracy if found and found.accuracy else None,
             },
+        }
+
+    def _ship(self, path: Path, target: str, function: str = "") -> tuple[Path, Any]:
+        """Copy a model into the package; return its place, and a folder's files."""
+        stem = f"{self.name}{'.' if function else ''}{function}"
+        place = self.folder / f"{stem}{path.suffix}"
+        if place.exists():  # two targets may write one kind of file
+            place = self.folder / f"{stem}.{target}{path.suffix}"
+        if not path.is_dir():
+            shutil.copyfile(path, place)
+            return place, None
+        shutil.copytree(path, place)
+        files = sorted(p for p in place.rglob("*") if p.is_file())
+        return place, [file_entry(p, self.root) for p in files]
+
+    def _streaming(self, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+        """Describe a causal model's step, where the artifacts hold one."""
+        steps = {t: a.functions[STEP] for t, a in self.artifacts.items() if STEP in a.functions}
+        if not steps:
+            return None
+        entries = {}
+        for target, step in steps.items():
+            artifact = self.artifacts[target]
+            self._require_bytes(step.path, step.sha256)
+            if step.path == artifact.path:
+                place, parts = files[target]["path"], files[target]["parts"]
+            else:
+                copied, parts = self._ship(step.path, target, STEP)
+                place = copied.relative_to(self.root).as_posix()
+            entries[target] = {
+                "path": place,
+                "sha256": step.sha256,
+                "size_bytes": step.size_bytes,
+                "parts": parts,
+                "entry": STEP if step.path == artifact.path else None,
+                "inputs": [s.to_json() for s in step.inputs],
+                "outputs": [s.to_json() for s in step.outputs],
+            }
+        first = next(iter(steps.values()))
+        return {
+            "files": entries,
+            "inputs": [s.to_json() for s in first.inputs if s.name not in first.state],
+            "outputs": [s.to_json() for s in first.outputs if s.name not in first.state.values()],
+            "states": [
+                {
+                    "name": s.name,
+                    "next": first.state[s.name],
+                    "shape": list(s.static(batch=1).shape),
+                    "dtype": s.dtype,
+                    "initial": 0,  # every causal model's reset state
+                }
+                for s in first.state_specs
+            ],
         }
 
     def _sources(self, binary: Binary) -> list[dict[str, Any]]:
@@ -262,6 +311,8 @@ class _Model:
         top1 = evaluation.reference_logits.argmax(axis=1)[chosen]
         targets = binary.add("targets", dataset.targets[chosen].astype(np.int32))
         reference = binary.add("reference_top1", top1.astype(np.int32))
+        steps = getattr(dataset, "lengths", None)
+        lengths = None if steps is None else binary.add("lengths", steps[chosen].astype(np.int32))
         return {
             "file": binary.write(),
             "name": dataset.name,
@@ -272,6 +323,7 @@ class _Model:
             "inputs": inputs,
             "targets": targets,
             "reference_top1": reference,
+            "lengths": lengths,
         }
 
 

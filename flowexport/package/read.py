@@ -29,12 +29,13 @@ def package_schema() -> dict[str, Any]:
     return loaded
 
 
-def check_manifest(manifest: Any, where: str) -> None:
-    """Raise BundleError unless a manifest follows the schema, its name first."""
+def check_manifest(manifest: Any, where: str, *, whole: bool = True) -> None:
+    """Raise BundleError unless a manifest has the schema's name and, ``whole``, follows it."""
     found = manifest.get("schema") if isinstance(manifest, Mapping) else None
     if found != SCHEMA:
         raise BundleError(f"{where}: schema is {found!r}; expected {SCHEMA!r}.", fix=FIX)
-    check_document(manifest, package_schema(), where)
+    if whole:
+        check_document(manifest, package_schema(), where)
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class Package:
     sha256: str
 
     @classmethod
-    def open(cls, path: Path, *, check_files: bool = True) -> Self:
+    def open(cls, path: Path, *, check_files: bool = True, check_schema: bool = True) -> Self:
         """Read a package.
 
         Args:
             check_files: hold every file against its hash, too.
+            check_schema: False: only the schema's name must be right.
 
         Raises:
             BundleError: no package, of another schema, or a file is missing or changed.
@@ -72,7 +74,7 @@ class Package:
             manifest = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BundleError(f"package {file}: cannot be read ({error}).", fix=FIX) from error
-        check_manifest(manifest, f"package {file}")
+        check_manifest(manifest, f"package {file}", whole=check_schema)
         package = cls(path.resolve(), manifest, sha256_file(file))
         if check_files:
             package.check()
@@ -86,7 +88,8 @@ class Package:
                 raise BundleError(f"package {self.path}: {name} is outside; expected inside.")
             self._hold(name, sha256_file(path) if path.is_file() else None, entry["sha256"])
         for model in self.manifest["models"]:
-            for entry in model["files"].values():
+            steps = model["streaming"]["files"].values() if model["streaming"] else ()
+            for entry in (*model["files"].values(), *steps):
                 self._hold(entry["path"], sha256_tree(self.path / entry["path"]), entry["sha256"])
             for part in ("golden", "evaluation"):
                 if model[part] is not None:

@@ -39,10 +39,11 @@ def validate(document: Mapping[str, Any], schema_name: str) -> None:
 def check_document(document: Any, schema: Mapping[str, Any], where: str) -> None:
     """Check a document against any schema; ``where`` begins the message of BundleError."""
     from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
 
     errors = list(Draft202012Validator(schema).iter_errors(document))
     if errors:
-        first = min(errors, key=lambda e: (len(e.absolute_path), str(e.json_path)))
+        first = best_match(iter(errors))  # looks into the branches of an anyOf, too
         place = ".".join(str(p) for p in first.absolute_path) or "document"
         message = first.message if len(first.message) < 300 else f"{first.message[:300]}…"
         more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
