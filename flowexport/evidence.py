@@ -16,7 +16,7 @@ from flowexport.progress import Progress
 from flowexport.registry import TARGETS
 
 if TYPE_CHECKING:
-    from flowexport.parity import Evaluation, Golden
+    from flowexport.parity import Evaluation, Golden, SavedStream
 
 NOT_VERIFIED = "verification was switched off (--no-verify)"
 
@@ -56,6 +56,15 @@ def references(root: Path, manifest: Mapping[str, Any]) -> tuple[Golden, Evaluat
     return golden, parity.read_evaluation(folder, subject=key) if folder.is_dir() else None
 
 
+def saved_stream(root: Path, manifest: Mapping[str, Any]) -> SavedStream | None:
+    """Return the reset state and the long stream of a causal model's bundle."""
+    from flowexport import parity
+
+    if manifest.get("streaming") is None:
+        return None
+    return parity.read_stream(root / "golden", subject=manifest["recipe_sha256"])
+
+
 def verify_all(
     artifacts: Mapping[str, Artifact],
     manifest: Mapping[str, Any],
@@ -66,6 +75,7 @@ def verify_all(
     from flowexport import parity
 
     golden, evaluation = references(root, manifest)
+    stream = saved_stream(root, manifest)
     reports = {}
     for name, artifact in artifacts.items():
         progress.stage(f"verify {name}")
@@ -82,6 +92,7 @@ def verify_all(
             evaluation,
             Tolerance.from_json(entry["tolerance"]),
             require_fusions=entry["required_fusions"],
+            stream=stream if artifact.functions else None,
             threads=threads,
             progress=lambda what, done, total: progress.step(done, total, what),
         )

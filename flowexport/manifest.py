@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flowexport import __version__
 from flowexport.bundle import MANIFEST_SCHEMA
@@ -55,6 +58,7 @@ def make_manifest(
         "outputs": [s.to_json() for s in outputs],
         "labels": list(spec.labels),
         "preprocessing": dict(spec.preprocessing),
+        "streaming": _streaming(plan),
         "machine": {
             "platform": platform.platform(),
             "architecture": platform.machine(),
@@ -69,6 +73,23 @@ def make_manifest(
             "min_seconds": plan.recipe.bench.min_seconds,
             "threads": plan.threads,
         },
+    }
+
+
+def _streaming(plan: Plan) -> dict[str, Any] | None:
+    """Describe a causal model's stream: its lengths, its state and where the reset state is."""
+    module: Any = plan.subject.module
+    if plan.subject.lengths is None:
+        return None
+    state = [s.static(batch=1) for s in module.state_specs()]
+    size = sum(math.prod(map(int, s.shape)) * np.dtype(s.dtype).itemsize for s in state)
+    first = plan.subject.spec.inputs[0].shape[1]
+    return {
+        "lengths": sorted({int(first), *plan.subject.lengths}),
+        "max_steps": module.max_steps,
+        "reset": "golden/state.safetensors",
+        "state": [s.to_json() for s in state],
+        "state_bytes": size,
     }
 
 

@@ -36,6 +36,7 @@ class Subject:
         spec: the model's description, with the recipe's overrides applied.
         module: in eval mode, float32.
         weights_sha256: hash over the names, dtypes, shapes and values of the state dict.
+        lengths: more lengths of forward where the model is exported with its step, else None.
         recipe_document: all that decides the artifacts, and ``recipe_sha256`` its hash.
     """
 
@@ -46,6 +47,7 @@ class Subject:
     weights_sha256: str
     recipe_document: Mapping[str, Any]
     recipe_sha256: str
+    lengths: tuple[int, ...] | None = None
 
     @property
     def parameters(self) -> int:
@@ -106,6 +108,7 @@ def resolve(recipe: Recipe) -> Subject:
     module = module.float().eval()
     if recipe.model.file is not None or recipe.inputs is not None:
         spec = _try_forward(module, spec, recipe)
+    lengths = _lengths(recipe, spec, module)
     weights_sha256 = state_sha256(module)
     file = recipe.model.file
     document = recipe.to_json(weights_sha256, sha256_file(file) if file else None)
@@ -117,6 +120,7 @@ def resolve(recipe: Recipe) -> Subject:
         weights_sha256=weights_sha256,
         recipe_document=document,
         recipe_sha256=hash_json(document),
+        lengths=lengths,
     )
 
 
@@ -265,6 +269,18 @@ def _try_forward(module: nn.Module, spec: ModelSpec, recipe: Recipe) -> ModelSpe
     return spec
 
 
+def _lengths(recipe: Recipe, spec: ModelSpec, module: nn.Module) -> tuple[int, ...] | None:
+    """Return the lengths that ``streaming`` adds, or None where no step is exported."""
+    from flowexport.lowering import check_streaming
+
+    asked = spec.streaming if recipe.streaming is None else recipe.streaming
+    if asked is False:
+        return None
+    lengths = asked if isinstance(asked, tuple) else ()
+    check_streaming(module, spec.inputs, spec.output_names, lengths, recipe.where("streaming"))
+    return lengths
+
+
 def _zeros(spec: TensorSpec) -> Any:
     import torch
 
@@ -282,6 +298,7 @@ def _dataset(recipe: Recipe, spec: ModelSpec) -> Dataset | None:
         dataset,
         name=f"{dataset.name}-first-{recipe.limit}",
         inputs={k: v[: recipe.limit] for k, v in dataset.inputs.items()},
+        lengths=None if dataset.lengths is None else dataset.lengths[: recipe.limit],
         targets=dataset.targets[: recipe.limit],
     )
 

@@ -152,7 +152,8 @@ class FlowformerGPT(CausalModel):
         return self.lm_head(self.transformer["ln_f"](x))
 
     def _blocks(self) -> list[Block]:
-        return [block for block in self.transformer["h"] if isinstance(block, Block)]
+        blocks: Any = self.transformer["h"]
+        return list(blocks)
 
     def state_specs(self) -> tuple[TensorSpec, ...]:
         layers = (

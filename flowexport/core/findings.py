@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from statistics import median
 from typing import Any
 
 from flowexport.core.errors import RecipeError, UnknownNameError
@@ -212,6 +213,84 @@ class AccuracyResult:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AccuracyResult:
         return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """A causal artifact run step by step.
+
+    Attributes:
+        steps: of the longest stream that was run.
+        state_bytes: of the state for one stream.
+        drift: (steps so far, largest error of the last 64 steps relative to the
+            largest reference value), against the float64 reference's own steps.
+        dataset, samples: of the labelled set, or None and 0.
+        correct_after_step: right answers after 1, 2, ... steps; a sample that has
+            ended keeps its last answer. ``reference_after_step``: the reference's.
+    """
+
+    steps: int
+    state_bytes: int
+    drift: tuple[tuple[int, float], ...]
+    dataset: str | None = None
+    samples: int = 0
+    correct_after_step: tuple[int, ...] = ()
+    reference_after_step: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "drift": [list(pair) for pair in self.drift],
+            "correct_after_step": list(self.correct_after_step),
+            "reference_after_step": list(self.reference_after_step),
+            "accuracy_after_step": [n / self.samples for n in self.correct_after_step],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StreamResult:
+        return cls(
+            steps=data["steps"],
+            state_bytes=data["state_bytes"],
+            drift=tuple((int(n), float(e)) for n, e in data["drift"]),
+            dataset=data["dataset"],
+            samples=data["samples"],
+            correct_after_step=tuple(data["correct_after_step"]),
+            reference_after_step=tuple(data["reference_after_step"]),
+        )
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Run times of one step, beside those of a forward over the whole sequence.
+
+    Attributes:
+        step_ms: wall time of each step in milliseconds, the checks of the state included.
+        forward_ms: of each forward, measured in turns with the steps.
+        length: steps that the forward takes.
+    """
+
+    step_ms: tuple[float, ...]
+    forward_ms: tuple[float, ...]
+    length: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster one step is than running the forward again (medians)."""
+        return median(self.forward_ms) / median(self.step_ms)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step_ms_p50": median(self.step_ms),
+            "forward_ms_p50": median(self.forward_ms),
+            "speedup": self.speedup,
+            "length": self.length,
+            "step_ms": list(self.step_ms),
+            "forward_ms": list(self.forward_ms),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StepTimes:
+        return cls(tuple(data["step_ms"]), tuple(data["forward_ms"]), data["length"])
 
 
 def _show(value: float | None) -> str:

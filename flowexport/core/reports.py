@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from flowexport.core.findings import AccuracyResult, CaseResult, Tolerance, finite
+from flowexport.core.findings import (
+    AccuracyResult,
+    CaseResult,
+    StepTimes,
+    StreamResult,
+    Tolerance,
+    finite,
+)
 from flowexport.core.types import Verdict
 
 __all__ = [
@@ -24,6 +31,8 @@ __all__ = [
     "CaseResult",
     "LatencyReport",
     "ParityReport",
+    "StepTimes",
+    "StreamResult",
     "Tolerance",
     "finite",
     "verdict_of",
@@ -51,6 +60,7 @@ class ParityReport:
         required_fusions, fusions: asked for by the recipe; found in the finished file.
         fix: the command that mends a NOT_RUN.
         failure: what stopped the check (a runtime's exception), or None.
+        stream: what the steps of a causal artifact gave; None elsewhere.
     """
 
     target: str
@@ -68,6 +78,7 @@ class ParityReport:
     not_run: str | None = None
     fix: str | None = None
     failure: str | None = None
+    stream: StreamResult | None = None
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -206,11 +217,12 @@ class ParityReport:
             "fusions": dict(self.fusions),
             "not_run": self.not_run,
             "failure": self.failure,
+            "stream": None if self.stream is None else self.stream.to_json(),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ParityReport:
-        accuracy = data["evaluation"]
+        accuracy, stream = data["evaluation"], data.get("stream")
         return cls(
             target=data["target"],
             artifact_sha256=data["artifact_sha256"],
@@ -227,6 +239,7 @@ class ParityReport:
             not_run=data["not_run"],
             fix=data["fix"],
             failure=data["failure"],
+            stream=None if stream is None else StreamResult.from_json(stream),
         )
 
 
@@ -242,6 +255,7 @@ class LatencyReport:
         load_before, load_after: 1-minute load average.
         together_with: targets measured in the same rounds.
         input_shapes: of the measured feeds.
+        steps: run times of a causal artifact's steps; None elsewhere.
     """
 
     target: str
@@ -254,6 +268,7 @@ class LatencyReport:
     load_after: float | None = None
     together_with: tuple[str, ...] = ()
     input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    steps: StepTimes | None = None
     not_run: str | None = None
     fix: str | None = None
 
@@ -307,6 +322,7 @@ class LatencyReport:
             "together_with": list(self.together_with),
             "input_shapes": {k: list(v) for k, v in self.input_shapes.items()},
             "samples_ms": list(self.samples_ms),
+            "steps": None if self.steps is None else self.steps.to_json(),
         }
 
     @classmethod
@@ -322,6 +338,7 @@ class LatencyReport:
             load_after=data["load_after"],
             together_with=tuple(data["together_with"]),
             input_shapes=data["input_shapes"],
+            steps=StepTimes.from_json(data["steps"]) if data.get("steps") else None,
             not_run=data["not_run"],
             fix=data["fix"],
         )

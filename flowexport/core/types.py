@@ -293,7 +293,8 @@ class Target(Protocol):
     """One file format with its converter and its runtime.
 
     ``program`` is a :class:`flowexport.lowering.LoweredProgram`; it is not
-    named here because the core imports nothing of ours.
+    named here because the core imports nothing of ours. A target whose files
+    carry a causal model's ``step`` has ``streams = True``.
     """
 
     name: str

@@ -19,6 +19,13 @@ from flowexport.parity.storage import (
     write_evaluation,
     write_golden,
 )
+from flowexport.parity.streaming import (
+    SavedStream,
+    read_state,
+    read_stream,
+    write_state,
+    write_stream,
+)
 from flowexport.parity.verify import verify_artifact
 
 __all__ = [
@@ -27,15 +34,20 @@ __all__ = [
     "Evaluation",
     "Golden",
     "ParityReport",
+    "SavedStream",
     "Tolerance",
     "compare",
     "make_cases",
     "read_evaluation",
     "read_golden",
+    "read_state",
+    "read_stream",
     "reference_outputs",
     "run_batched",
     "verdict_of",
     "verify_artifact",
     "write_evaluation",
     "write_golden",
+    "write_state",
+    "write_stream",
 ]

@@ -43,9 +43,11 @@ class Evaluation:
 
     Attributes:
         output: name of the output that holds class scores.
-        reference_logits: float64 (samples, classes).
+        reference_logits: float64 (samples, classes); where the model answers after
+            every step, its answers after the last real one.
         sha256: of the tensor file.
         subject: what the scores belong to, or None.
+        reference_steps: float64 (samples, steps, classes) there, None elsewhere.
     """
 
     dataset: Dataset
@@ -53,6 +55,22 @@ class Evaluation:
     reference_logits: np.ndarray
     sha256: str
     subject: str | None = None
+    reference_steps: np.ndarray | None = None
+
+    def answers(self, scores: np.ndarray) -> np.ndarray:
+        """Return (samples, classes): scores as they are, or those after the last real step.
+
+        Scores of another shape are returned as they are, for the comparison to tell.
+        """
+        steps = self.reference_steps
+        if steps is None or scores.shape != steps.shape:
+            return scores
+        return _last(scores, self.dataset)
+
+
+def _last(scores: np.ndarray, dataset: Dataset) -> np.ndarray:
+    assert dataset.lengths is not None
+    return np.asarray(scores[np.arange(len(dataset)), dataset.lengths - 1])
 
 
 def write_golden(
@@ -138,12 +156,17 @@ def write_evaluation(
 
     Args:
         output: name of the output that holds class scores.
-        reference_logits: float64 (samples, classes).
+        reference_logits: float64 (samples, classes), or (samples, steps, classes)
+            for a data set with lengths.
 
     Raises:
         BundleError: the scores do not fit the samples.
     """
     logits = np.asarray(reference_logits, dtype=np.float64)
+    steps: dict[str, np.ndarray] = {}
+    if dataset.lengths is not None and logits.ndim == 3 and len(logits) == len(dataset):
+        steps = {"lengths": dataset.lengths.astype(np.int64), "reference_steps": logits}
+        logits = _last(logits, dataset)
     if logits.ndim != 2 or len(logits) != len(dataset) or not len(dataset):
         raise BundleError(
             f"write evaluation {dataset.name}: the scores have shape {list(logits.shape)}; "
@@ -153,6 +176,7 @@ def write_evaluation(
     tensors |= {
         "targets": np.asarray(dataset.targets, dtype=np.int64),
         "reference_logits": logits,
+        **steps,
     }
     index = {
         "name": dataset.name,
@@ -175,6 +199,7 @@ def read_evaluation(folder: Path, *, subject: str | None = None) -> Evaluation:
             targets=tensors["targets"],
             labels=tuple(index["labels"]),
             attribution=str(index["attribution"]),
+            lengths=tensors.get("lengths"),
         )
         logits, output, samples = tensors["reference_logits"], index["output"], index["samples"]
     except (KeyError, TypeError) as error:
@@ -190,7 +215,14 @@ def read_evaluation(folder: Path, *, subject: str | None = None) -> Evaluation:
             f"samples; expected {samples} of each, at least one.",
             fix=FIX,
         )
-    return Evaluation(dataset, str(output), logits, str(index["sha256"]), index.get("subject"))
+    return Evaluation(
+        dataset,
+        str(output),
+        logits,
+        str(index["sha256"]),
+        index.get("subject"),
+        tensors.get("reference_steps"),
+    )
 
 
 def _write(

@@ -14,12 +14,14 @@ from flowexport.core.reports import (
     AccuracyResult,
     CaseResult,
     ParityReport,
+    StreamResult,
     Tolerance,
 )
 from flowexport.core.types import Artifact, Session, Target
 from flowexport.parity.batching import run_batched
 from flowexport.parity.metrics import compare
 from flowexport.parity.storage import Evaluation, Golden
+from flowexport.parity.streaming import SavedStream, check_streams, expected_streams
 
 REFERENCE = "the torch module in float64"
 
@@ -36,6 +38,7 @@ def verify_artifact(
     *,
     check_hash: bool = True,
     require_fusions: Mapping[str, int] | None = None,
+    stream: SavedStream | None = None,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> ParityReport:
@@ -50,6 +53,7 @@ def verify_artifact(
     Args:
         check_hash: False only where damage is to be found by numbers alone.
         require_fusions: fused operator -> count that the finished file must hold.
+        stream: of a causal model: its steps are run and held to the reference too.
         threads: of the runtime.
 
     Returns:
@@ -61,7 +65,7 @@ def verify_artifact(
         manifest_sha256=artifact.sha256,
         tolerance=tolerance,
         reference=REFERENCE,
-        expected=_expected(golden, evaluation),
+        expected=_expected(golden, evaluation, artifact, stream),
         required_fusions=dict(require_fusions or {}),
         hash_checked=check_hash,
     )
@@ -70,6 +74,10 @@ def verify_artifact(
     report = replace(report, artifact_sha256=sha256_tree(artifact.path))
     if check_hash and report.artifact_sha256 != artifact.sha256:
         return report  # its own reason; bytes that nobody vouches for are not run
+    for name, function in artifact.functions.items() if check_hash else ():
+        if not function.path.exists() or sha256_tree(function.path) != function.sha256:
+            what = "is missing" if not function.path.exists() else "is not what the manifest has"
+            return replace(report, failure=f"{function.path.name} ({name}) {what}")
     if require_fusions:
         try:
             found = target.inspect(artifact.path).get("fusions", {})
@@ -89,6 +97,8 @@ def verify_artifact(
         try:
             report = replace(report, runtime=session.info.to_json())
             run.all()
+            if stream is not None:
+                run.steps(target, stream, threads)
             failure = None
         except UnavailableError as error:
             return replace(report, not_run=error.message.rstrip("."), fix=error.fix)
@@ -102,6 +112,7 @@ def verify_artifact(
             runtime=session.info.to_json(),
             cases=tuple(run.results),
             accuracy=run.accuracy,
+            stream=run.stream,
             failure=failure or _tells_nothing(golden),
         )
 
@@ -119,6 +130,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.results: list[CaseResult] = []
         self.accuracy: AccuracyResult | None = None
+        self.stream: StreamResult | None = None
         self.current = "start"
 
     def all(self) -> None:
@@ -131,6 +143,30 @@ class _Run:
         if self.evaluation is not None:
             self._evaluate(self.evaluation)
 
+    def steps(self, target: Target, stream: SavedStream, threads: int) -> None:
+        """Run a causal artifact's other functions."""
+
+        def tell(what: str, done: int, total: int) -> None:
+            self.current = what
+            if self.progress is not None:
+                self.progress(what, done, total)
+
+        evaluation = self.evaluation
+        self.stream = check_streams(
+            target,
+            self.artifact,
+            stream,
+            self.golden.cases,
+            self.golden.expected,
+            None if evaluation is None else evaluation.dataset,
+            None if evaluation is None else evaluation.reference_steps,
+            threads=threads,
+            tell=tell,
+            found=lambda case, name, values, truth: self._compare(
+                case, {name: values}, {name: truth}
+            ),
+        )
+
     def _evaluate(self, evaluation: Evaluation) -> None:
         case = self.current = EVALUATION_PREFIX + evaluation.dataset.name
         tell = self.progress
@@ -140,8 +176,10 @@ class _Run:
             progress=None if tell is None else lambda done, total: tell(case, done, total),
         )
         reference = evaluation.reference_logits
-        self._compare(case, outputs, {evaluation.output: reference})
         scores = outputs.get(evaluation.output)
+        if scores is not None:
+            scores = evaluation.answers(scores)
+            self._compare(case, {evaluation.output: scores}, {evaluation.output: reference})
         if scores is not None and scores.shape == reference.shape and np.isfinite(scores).all():
             self.accuracy = count_predictions(evaluation, scores)
 
@@ -180,10 +218,15 @@ def count_predictions(evaluation: Evaluation, scores: np.ndarray) -> AccuracyRes
     )
 
 
-def _expected(golden: Golden, evaluation: Evaluation | None) -> tuple[tuple[str, str], ...]:
+def _expected(
+    golden: Golden, evaluation: Evaluation | None, artifact: Artifact, stream: SavedStream | None
+) -> tuple[tuple[str, str], ...]:
     pairs = [(case, output) for case, outputs in golden.expected.items() for output in outputs]
     if evaluation is not None:
         pairs.append((EVALUATION_PREFIX + evaluation.dataset.name, evaluation.output))
+    if stream is not None:
+        dataset = evaluation.dataset if evaluation is not None else None
+        pairs += expected_streams(artifact, stream, golden.cases, dataset)
     return tuple(pairs)
 
 

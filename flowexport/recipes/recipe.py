@@ -91,6 +91,8 @@ class Recipe:
 
     Attributes:
         inputs: overrides of the model's own input specs, or None.
+        streaming: more lengths of a causal model's forward where its step is asked for;
+            False where it is refused, None where the model decides.
         targets: options by target name; None stands for every registered target.
         tolerances: limits with their reason, by precision.
         target_tolerances: limits of one target alone, by target.
@@ -106,6 +108,7 @@ class Recipe:
     outputs: tuple[str, ...] | None = None
     labels: tuple[str, ...] | None = None
     preprocessing: Mapping[str, Any] | None = None
+    streaming: tuple[int, ...] | bool | None = None
     targets: Mapping[str, Options] | None = None
     precision: Precision = Precision.FP32
     dataset: str | None = None
@@ -149,6 +152,14 @@ class Recipe:
         }
         return replace(self, precision=precision, targets=targets)
 
+    def _streaming_json(self) -> dict[str, Any]:
+        """Return the key only where the recipe has it, so that other hashes stay."""
+        if self.streaming is None:
+            return {}
+        asked = self.streaming is not False
+        lengths = list(self.streaming) if isinstance(self.streaming, tuple) else []
+        return {"streaming": {"lengths": lengths} if asked else False}
+
     def to_json(self, weights_sha256: str | None, file_sha256: str | None) -> dict[str, Any]:
         """Return all that decides the artifacts, free of this machine's paths.
 
@@ -174,6 +185,7 @@ class Recipe:
             "labels": self.labels and list(self.labels),
             "preprocessing": self.preprocessing and dict(self.preprocessing),
             "precision": self.precision.value,
+            **self._streaming_json(),
             "targets": self.targets
             and {
                 name: {"precision": options.precision.value, **options.extra}
@@ -185,6 +197,12 @@ class Recipe:
             "fusions": {k: dict(v) for k, v in self.fusions.items()},
             "seed": self.seed,
         }
+
+
+def _streaming(data: Any) -> tuple[int, ...] | bool | None:
+    if isinstance(data, dict):
+        return tuple(data["lengths"])
+    return () if data is True else data
 
 
 def hash_json(document: Mapping[str, Any]) -> str:
@@ -222,6 +240,7 @@ def load_recipe(path: Path, known_targets: Iterable[str]) -> Recipe:
         outputs=tuple(data["outputs"]) if "outputs" in data else None,
         labels=tuple(data["labels"]) if "labels" in data else None,
         preprocessing=data.get("preprocessing"),
+        streaming=_streaming(data.get("streaming")),
         targets=targets and {n: _options(t or {}, precision) for n, t in targets.items()},
         precision=precision,
         dataset=evaluation.get("dataset"),

@@ -63,7 +63,9 @@ def metadata(program: LoweredProgram, form: str) -> dict[str, str]:
     import onnx
     import torch
 
+    state = {"state": json.dumps(dict(program.state))} if program.state else {}
     return {
+        **state,
         "flowexport_version": __version__,
         "torch_version": torch.__version__,
         "onnx_version": onnx.__version__,

@@ -7,14 +7,26 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowexport.core.errors import ConversionError, UnavailableError
 from flowexport.core.hashing import sha256_file
-from flowexport.core.types import Artifact, Availability, Options, Precision, Session
+from flowexport.core.types import (
+    Artifact,
+    Availability,
+    Function,
+    Options,
+    Precision,
+    Session,
+)
 from flowexport.lowering import LoweredProgram
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.onnx.options import PRECISIONS, OnnxOptions
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from flowexport.targets.onnx.export import SiteForm
 
 NEEDED = ("onnx", "onnxscript", "onnxsim")
 RUNTIME = "onnxruntime"
@@ -26,6 +38,7 @@ class OnnxTarget:
     """One ``.onnx`` file; runs on ONNX Runtime's CPU provider."""
 
     name = "onnx"
+    streams = True
     suffix = ".onnx"
     precisions: tuple[Precision, ...] = PRECISIONS
 
@@ -45,7 +58,7 @@ class OnnxTarget:
         OnnxOptions.parse(options)
 
     def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
-        """Write ``<model>.onnx``.
+        """Write ``<model>.onnx``, and ``<model>.<function>.onnx`` for a causal model's functions.
 
         Args:
             program: of the options' precision, attention nodes in place.
@@ -55,8 +68,6 @@ class OnnxTarget:
         Raises:
             LoweringError, ConversionError: a stage refused the program.
         """
-        from flowexport.targets.onnx.export import export
-        from flowexport.targets.onnx.finish import finish
         from flowexport.targets.onnx.read import fusions, inline
 
         settings = OnnxOptions.parse(options)
@@ -67,11 +78,20 @@ class OnnxTarget:
                 f" expected at most {MAX_BYTES} in one file.",
                 fix="convert with --precision fp16",
             )
-        model, sites = export(program, installed_ops(), opset=settings.opset, pinned=settings.form)
-        form = form_summary([site.form for site in sites])
-        model = finish(model, program, form)
         path = out / f"{program.model}{self.suffix}"
-        path.write_bytes(model.SerializeToString(deterministic=True))
+        model, sites = _write(program, settings, path)
+        functions = {}
+        for name, function in program.functions.items():
+            beside = out / f"{program.model}.{name}{self.suffix}"
+            _write(function, settings, beside)
+            functions[name] = Function(
+                path=beside,
+                sha256=sha256_file(beside),
+                size_bytes=beside.stat().st_size,
+                inputs=function.inputs,
+                outputs=function.outputs,
+                state=function.state,
+            )
         return Artifact(
             target=self.name,
             path=path,
@@ -80,7 +100,7 @@ class OnnxTarget:
             precision=program.precision,
             model=program.model,
             recipe_sha256=program.recipe_sha256,
-            form=form,
+            form=form_summary([site.form for site in sites]),
             inputs=program.inputs,
             outputs=program.outputs,
             fusions={**dict.fromkeys((s.op for s in sites), 0), **fusions(model)},
@@ -95,6 +115,7 @@ class OnnxTarget:
                 "attentions": [site.to_json() for site in sites],
                 "deterministic": True,
             },
+            functions=functions,
         )
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
@@ -122,6 +143,19 @@ class OnnxTarget:
         from flowexport.targets.onnx.read import describe
 
         return describe(path)
+
+
+def _write(
+    program: LoweredProgram, settings: OnnxOptions, path: Path
+) -> tuple[ModelProto, tuple[SiteForm, ...]]:
+    """Write one program to one file."""
+    from flowexport.targets.onnx.export import export
+    from flowexport.targets.onnx.finish import finish
+
+    model, sites = export(program, installed_ops(), opset=settings.opset, pinned=settings.form)
+    model = finish(model, program, form_summary([site.form for site in sites]))
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return model, sites
 
 
 def form_summary(forms: Sequence[str]) -> str:
