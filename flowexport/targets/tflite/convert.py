@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,25 +40,33 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def to_flatbuffer(program: LoweredProgram) -> bytes:
-    """Convert a static program without attention nodes.
+def to_flatbuffer(programs: Mapping[str, LoweredProgram]) -> bytes:
+    """Convert static programs without attention nodes.
+
+    Args:
+        programs: by signature name, the main one first; several share equal weights.
 
     Raises:
         ConversionError: litert-torch refused the program.
     """
-    inputs = dict(zip((s.name for s in program.inputs), program.example(), strict=True))
-    wide = any(s.dtype in ("int64", "float64") for s in (*program.inputs, *program.outputs))
-    module = program.exported.module(check_guards=False)
+    program = next(iter(programs.values()))
+    ends = [s for p in programs.values() for s in (*p.inputs, *p.outputs)]
+    wide = any(s.dtype in ("int64", "float64") for s in ends)
     with _quiet():
         import litert_torch
 
         try:
-            result = litert_torch.convert(
-                _Named(module, [s.name for s in program.outputs]),
-                sample_kwargs=inputs,
-                enable_x64=wide,  # otherwise 64-bit inputs become 32-bit ones
-            )
-            return bytes(result.model_content())
+            converter: Any = litert_torch
+            for name, function in programs.items():
+                module = function.exported.module(check_guards=False)
+                names = (s.name for s in function.inputs)
+                converter = converter.signature(
+                    name,
+                    _Named(module, [s.name for s in function.outputs]),
+                    sample_kwargs=dict(zip(names, function.example(), strict=True)),
+                )
+            # Without x64, 64-bit inputs become 32-bit ones.
+            return bytes(converter.convert(enable_x64=wide).model_content())
         except Exception as error:  # MLIR errors have no common class
             raise ConversionError(
                 f"convert tflite {program.model}: litert-torch refused the program:"

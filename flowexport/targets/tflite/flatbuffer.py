@@ -102,9 +102,19 @@ def write_model(model: Any, path: Path, metadata: Mapping[str, bytes]) -> None:
         stream.write(memoryview(builder.Bytes)[builder.Head() :])
 
 
-def signature(model: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Return the first signature's inputs and outputs, in the order of the subgraph's."""
-    chosen = model.signatureDefs[0]
+def signatures(model: Any) -> list[str]:
+    """Return the names of all signatures, the main one first."""
+    return [s.signatureKey.decode() for s in model.signatureDefs]
+
+
+def signature(model: Any, name: str | None = None) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Return a signature's inputs and outputs, in the order of the subgraph's.
+
+    Args:
+        name: of the signature; the first one where None.
+    """
+    named = dict(zip(signatures(model), model.signatureDefs, strict=True))
+    chosen = model.signatureDefs[0] if name is None else named[name]
     graph = model.subgraphs[chosen.subgraphIndex]
 
     def specs(entries: Any, order: Any) -> list[TensorSpec]:

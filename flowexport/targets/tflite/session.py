@@ -72,7 +72,7 @@ class TFLiteSession(Session):
         super().__init__(artifact)
         self._interpreter: Any = open_interpreter(artifact.path, threads)
         signatures = self._interpreter.get_signature_list()
-        name = next(iter(signatures))
+        name = artifact.entry if artifact.entry in signatures else next(iter(signatures))
         found = (set(signatures[name]["inputs"]), set(signatures[name]["outputs"]))
         wanted = ({s.name for s in artifact.inputs}, {s.name for s in artifact.outputs})
         if found != wanted:

@@ -11,7 +11,16 @@ from typing import Any
 
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
-from flowexport.core.types import Artifact, Availability, Options, Precision, Session, TensorSpec
+from flowexport.core.types import (
+    FORWARD,
+    Artifact,
+    Availability,
+    Function,
+    Options,
+    Precision,
+    Session,
+    TensorSpec,
+)
 from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
 from flowexport.ops.descriptor import AttentionSite, Choice
 from flowexport.ops.installed import installed_ops
@@ -22,6 +31,7 @@ from flowexport.targets.tflite.session import TFLiteSession, delegation, open_in
 
 _CONVERTERS = {"litert-torch": "litert_torch", "ai-edge-quantizer": "ai_edge_quantizer"}
 _RUNTIME = {"ai-edge-litert": "ai_edge_litert"}
+_SIGNATURE = "serving_default"
 _INSTALL = "pip install 'flowexport[tflite]'"
 
 
@@ -29,6 +39,7 @@ class TFLiteTarget:
     """Converts with litert-torch, runs with ai-edge-litert; see ``core.types.Target``."""
 
     name = "tflite"
+    streams = True
     suffix = ".tflite"
     precisions = PRECISIONS
 
@@ -64,6 +75,8 @@ class TFLiteTarget:
     def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
         """Write ``<model>.tflite`` under ``out``: batch 1, named inputs and outputs.
 
+        A causal model's functions are signatures of the one file and share its weights.
+
         FP16 stores the weights of linear and convolution layers in half
         precision; LiteRT widens them and computes in float32 on a CPU.
 
@@ -86,7 +99,12 @@ class TFLiteTarget:
         plain, choices = decompose(
             replace(static, precision=Precision.FP32), self.name, ops, pinned=settings.form
         )
-        content: Any = to_flatbuffer(plain)
+        functions = {name: specialise(f, ops) for name, f in program.functions.items()}
+        others = {
+            name: decompose(f, self.name, ops, pinned=settings.form)[0]
+            for name, f in functions.items()
+        }
+        content: Any = to_flatbuffer({FORWARD if others else _SIGNATURE: plain, **others})
         if options.precision is Precision.FP16:
             content = store_weights_in_half(content, program.model)
 
@@ -106,12 +124,17 @@ class TFLiteTarget:
             "preprocessing": dict(program.preprocessing),
             "toolchain": toolchain,
         }
+        if functions:
+            header["state"] = {n: dict(f.state) for n, f in functions.items() if f.state}
         self._describe(path, static, header)
         operators = self._check(path, static)
+        for name, function in functions.items():
+            self._check(path, function, name)
+        sha256 = sha256_file(path)
         return Artifact(
             target=self.name,
             path=path,
-            sha256=sha256_file(path),
+            sha256=sha256,
             size_bytes=path.stat().st_size,
             precision=options.precision,
             model=program.model,
@@ -123,6 +146,12 @@ class TFLiteTarget:
             toolchain=toolchain,
             options=dict(options.extra),
             details=self._details(path, options.precision, operators, static.attentions, choices),
+            functions={
+                name: Function(
+                    path, sha256, path.stat().st_size, f.inputs, f.outputs, state=f.state
+                )
+                for name, f in functions.items()
+            },
         )
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
@@ -154,6 +183,7 @@ class TFLiteTarget:
         return {
             "inputs": [s.to_json() for s in inputs],
             "outputs": [s.to_json() for s in outputs],
+            "signatures": flatbuffer.signatures(model),
             "operators": operators,
             "fusions": _fusions(operators, [op.name for op in installed_ops()]),
             "metadata": header,
@@ -178,12 +208,14 @@ class TFLiteTarget:
         metadata.append_files(temporary, header, program.labels)
         temporary.replace(path)
 
-    def _check(self, path: Path, program: LoweredProgram) -> dict[str, int]:
-        """Return the operators of a file that has exactly the program's inputs and outputs."""
+    def _check(
+        self, path: Path, program: LoweredProgram, name: str | None = None
+    ) -> dict[str, int]:
+        """Return the operators of a file whose signature has exactly the program's ends."""
         model = flatbuffer.read_model(path)
         for kind, found, wanted in zip(
             ("inputs", "outputs"),
-            flatbuffer.signature(model),
+            flatbuffer.signature(model, name),
             (program.inputs, program.outputs),
             strict=True,
         ):
