@@ -265,7 +265,7 @@ def check_target(
     if target in COMPUTES_WIDE:
         told = decisive
     known = [c for c in calls if c.site.op == DESCRIPTOR.name]
-    unchecked = tuple(c.site.module_path for c in calls if c.site.op != DESCRIPTOR.name)
+    unchecked = tuple(_name(c.site) for c in calls if c.site.op != DESCRIPTOR.name)
     layers = []
     for call in known:
         form, reason = pinned, "pinned by the recipe"
@@ -319,7 +319,7 @@ def _action(
         why = next(first.chosen[a] for a in decisive if not first.chosen[a].safe)
         text = (
             f"{len(bad)} of {len(layers)} attentions are not safe in {why.arithmetic}:"
-            f" {first.site.module_path} in the form {first.form}: {why.reason}"
+            f" {_name(first.site)} in the form {first.form}: {why.reason}"
         )
         if taken is not None:
             return f"{text}; takes {taken} instead."
@@ -331,9 +331,14 @@ def _action(
     verdict = next(lost[0].published[a] for a in decisive if not lost[0].published[a].safe)
     return (
         f"takes {forms}, safe at every layer in {precision}; the published form is not safe at"
-        f" {len(lost)} of {len(layers)} in {verdict.arithmetic}: {lost[0].site.module_path}:"
+        f" {len(lost)} of {len(layers)} in {verdict.arithmetic}: {_name(lost[0].site)}:"
         f" {verdict.reason}."
     )
+
+
+def _name(site: AttentionSite) -> str:
+    """Return the module's path, or the operator where the model itself is the module."""
+    return site.module_path or site.op
 
 
 def _safe(verdicts: Mapping[str, SiteVerdict], decisive: Sequence[str]) -> bool:

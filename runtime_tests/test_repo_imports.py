@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "package": {"core", "parity", "report", "<top>"},
     "devices": {"core", "parity", "bench", "report", "package", "<top>"},
     "demo": {"core", "package"},
+    "baseline": {"core", "ops", "lowering", "parity", "bench", "recipes", "registry", "<top>"},
     "recipes": {"core"},
     "registry": {"core", "ops"},
     "models": {"core", "ops"},

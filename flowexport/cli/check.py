@@ -118,7 +118,7 @@ def _print(model: str, told: str, found: Mapping[str, TargetCheck]) -> None:
                 site = layer.site
                 for i, arithmetic in enumerate(layer.chosen):
                     size = [str(site.k_shape[1]), f"{site.k_shape[2]} x {site.k_shape[3]}"]
-                    facts = [site.module_path, *size, *(f"{w:.3g}" for w in widest)]
+                    facts = [site.module_path or site.op, *size, *(f"{w:.3g}" for w in widest)]
                     mark = "" if arithmetic in entry.decisive else " (not decisive)"
                     table.add_row(
                         *(facts if i == 0 else [""] * len(facts)),

@@ -1,0 +1,5 @@
+"""Ours against a baseline: the published form, exported by the target's stock exporter."""
+
+from flowexport.baseline.compare import BASELINES, Comparison, compare_recipe, compare_sessions
+
+__all__ = ["BASELINES", "Comparison", "compare_recipe", "compare_sessions"]

@@ -1,0 +1,85 @@
+"""The two programs that ours is measured beside: the published form, and only the GEMMs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowexport.core.errors import LoweringError
+from flowexport.registry import OPS
+from flowexport.resolve import Subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowexport.lowering import LoweredProgram
+
+
+def projections_only(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Return v plus one value a head of q's and k's first tokens: attention at no cost.
+
+    The result keeps the operator's shape (B, L, H, M). q and k enter through
+    a slice of (B, 1, H, 1) each, so that no exporter can drop their
+    projections, which no runtime computes in part; one broadcast addition
+    to v is all that is left of the attention. Where L differs from S the first
+    value stands for all: v[:, :1] + k's slice, broadcast to L by q[..., :1].
+    """
+    first = k[:, :1, :, :1]
+    if q.shape[1] == v.shape[1]:
+        return v + (q[:, :1, :, :1] + first)
+    return q[..., :1] + (v[:, :1] + first)
+
+
+def published_program(subject: Subject, path: Path) -> None:
+    """Save the model with each attention as the published equations, in plain torch operators.
+
+    ``torch.export`` of the eager module at batch 1, which is what the stock
+    exporters do first; none of our passes has seen it.
+
+    Raises:
+        LoweringError: ``torch.export`` refused the model.
+    """
+    import torch
+
+    from flowexport.lowering.replaced import Replaced
+
+    functions = {op.overload: op.forms["published"] for op in OPS.working().values()}
+    spec = subject.spec
+    example = tuple(
+        torch.zeros([int(d) for d in s.static().shape], dtype=getattr(torch, s.dtype))
+        for s in spec.inputs
+    )
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(Replaced(subject.module, functions), example)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise LoweringError(
+            f"bench {spec.name}: torch.export refused the published form:"
+            f" {type(error).__name__}: {line}"
+        ) from error
+    torch.export.save(exported, path)
+
+
+def lowered(subject: Subject, *, attention: bool) -> LoweredProgram:
+    """Lower the model as a conversion does, or with :func:`projections_only` for attention."""
+    import copy
+
+    from flowexport.lowering import lower
+    from flowexport.lowering.replaced import Replaced
+
+    ops = list(OPS.working().values())
+    module = copy.deepcopy(subject.module)
+    if not attention:
+        module = Replaced(module, {op.overload: projections_only for op in ops})
+    spec = subject.spec
+    return lower(
+        module,
+        spec.inputs,
+        spec.output_names,
+        name=spec.name,
+        ops=ops,
+        labels=spec.labels,
+        preprocessing=spec.preprocessing,
+        recipe_sha256=subject.recipe_sha256,
+    )
