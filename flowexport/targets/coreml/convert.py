@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,35 @@ def require_dtypes(program: LoweredProgram) -> None:
                 f"convert coreml {program.model}: {spec.name} has dtype {spec.dtype};"
                 f" expected one of: {', '.join(_INPUT_DTYPES)}."
             )
+
+
+def join_packages(packages: Mapping[str, Path], main: str, model: str, path: Path) -> None:
+    """Save one package that holds each of these as a function; equal weights are stored once.
+
+    Args:
+        packages: by function name.
+        main: the default function.
+        model: the model's name, for messages.
+        path: of the .mlpackage to write.
+
+    Raises:
+        ConversionError: coremltools refused to join them.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        import coremltools as ct
+
+        joined = ct.utils.MultiFunctionDescriptor()
+        for name, source in packages.items():
+            joined.add_function(str(source), "main", name)
+        joined.default_function_name = main
+        try:
+            ct.utils.save_multifunction(joined, str(path))
+        except Exception as error:  # coremltools raises anything from AssertionError up
+            raise ConversionError(
+                f"convert coreml {model}: coremltools refused to join the functions"
+                f" {', '.join(packages)}: {type(error).__name__}:"
+                f" {(str(error).strip().splitlines() or [''])[0]}"
+            ) from error
 
 
 def to_package(program: LoweredProgram, precision: Precision, system: str, path: Path) -> None:

@@ -132,8 +132,17 @@ def rounding_inverses(spec: Any) -> list[tuple[str, float]]:
     return found
 
 
-def features(spec: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Return the described inputs and outputs (those that are tensors)."""
+def functions(spec: Any) -> list[str]:
+    """Return the names of a multifunction package's functions; of another, nothing."""
+    return [f.name for f in spec.description.functions]
+
+
+def features(spec: Any, function: str = "") -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Return the described inputs and outputs (those that are tensors).
+
+    Args:
+        function: of a multifunction package; the default one where empty.
+    """
     from coremltools.proto import FeatureTypes_pb2
 
     names = {65568: "float32", 65600: "float64", 131104: "int32", 65552: "float16", 131080: "int8"}
@@ -149,7 +158,10 @@ def features(spec: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
             result.append(TensorSpec(feature.name, tuple(array.shape), dtype))
         return result
 
-    return tensors(spec.description.input), tensors(spec.description.output)
+    described = {f.name: f for f in spec.description.functions}
+    name = function or spec.description.defaultFunctionName
+    chosen = described.get(name, spec.description)
+    return tensors(chosen.input), tensors(chosen.output)
 
 
 def user_metadata(spec: Any) -> dict[str, Any]:

@@ -33,7 +33,9 @@ class CoreMLSession(Session):
         units = str(artifact.options.get("compute_units", "all"))
         try:
             self._model: Any = ct.models.MLModel(
-                str(artifact.path), compute_units=ct.ComputeUnit[COMPUTE_UNITS[units]]
+                str(artifact.path),
+                compute_units=ct.ComputeUnit[COMPUTE_UNITS[units]],
+                function_name=artifact.entry if artifact.functions else None,
             )
         except Exception as error:  # Core ML's compiler raises RuntimeError and NSError wrappers
             line = (str(error).strip().splitlines() or [""])[0]
@@ -75,4 +77,5 @@ def open_session(artifact: Artifact, threads: int) -> Session:
     from flowexport.targets.coreml.interpreter import InterpreterSession, Mode
 
     half = artifact.precision is Precision.FP16
-    return InterpreterSession(artifact, Mode.FP16 if half else Mode.EXACT)
+    function = artifact.entry if artifact.functions else None
+    return InterpreterSession(artifact, Mode.FP16 if half else Mode.EXACT, function)

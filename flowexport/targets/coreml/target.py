@@ -7,18 +7,29 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from flowexport.core.errors import ConversionError, UnavailableError
+from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_tree, size_tree
-from flowexport.core.types import Artifact, Availability, Options, Precision, Session, TensorSpec
+from flowexport.core.types import (
+    FORWARD,
+    Artifact,
+    Availability,
+    Function,
+    Options,
+    Precision,
+    Session,
+    TensorSpec,
+)
 from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
-from flowexport.targets.coreml.convert import require_dtypes, to_package
+from flowexport.targets.coreml.convert import join_packages, require_dtypes, to_package
 from flowexport.targets.coreml.options import PRECISIONS, CoreMLOptions
 from flowexport.targets.coreml.session import INTERPRETED, on_macos, open_session
 
+MULTIFUNCTION = "iOS18"
 _INSTALL = "pip install 'flowexport[coreml]'"
 
 
@@ -26,6 +37,7 @@ class CoreMLTarget:
     """Converts with coremltools, runs with Core ML or interpreted; see ``core.types.Target``."""
 
     name = "coreml"
+    streams = True
     suffix = ".mlpackage"
     precisions = PRECISIONS
 
@@ -49,6 +61,8 @@ class CoreMLTarget:
     def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
         """Write ``<model>.mlpackage`` under ``out``: batch 1, named float32 inputs and outputs.
 
+        A causal model's functions are those of the one package, which needs iOS 18.
+
         Raises:
             InputError: an option, a dynamic dimension or an input's dtype.
             UnavailableError: coremltools is not installed.
@@ -62,6 +76,7 @@ class CoreMLTarget:
             "give the length in the shape; several lengths need one bucket (function) each",
         )
         require_dtypes(program)
+        system = _system(program, settings, options)
         self._require_converter(program.model)
         ops = installed_ops()
         static = specialise(program, ops)
@@ -70,11 +85,27 @@ class CoreMLTarget:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{program.model}{self.suffix}"
         package.remove(path)
-        to_package(plain, options.precision, settings.deployment_target, path)
+        functions = {name: specialise(f, ops) for name, f in program.functions.items()}
+        if functions:
+            others = {
+                name: decompose(f, self.name, ops, pinned=settings.form)[0]
+                for name, f in functions.items()
+            }
+            with TemporaryDirectory(dir=out) as folder:
+                parts = {}
+                for name, part in {FORWARD: plain, **others}.items():
+                    parts[name] = Path(folder) / f"{name}{self.suffix}"
+                    to_package(part, options.precision, system, parts[name])
+                join_packages(parts, FORWARD, program.model, path)
+        else:
+            to_package(plain, options.precision, system, path)
         form = "+".join(sorted({c.form for c in choices})) or "none"
         toolchain = _versions("coremltools", "torch")
         spec = package.read_spec(path)
         self._check(spec, static)
+        for name, function in functions.items():
+            self._check(spec, function, name)
+        state = {n: dict(f.state) for n, f in functions.items() if f.state}
         _describe(
             spec,
             f"{program.model}, made by flowexport",
@@ -86,15 +117,17 @@ class CoreMLTarget:
                 "form": form,
                 "recipe_sha256": program.recipe_sha256,
                 "toolchain": toolchain,
+                **({"state": state} if state else {}),
             },
         )
         package.write_spec(path, spec)
         operators = package.operator_counts(spec)
+        sha256, size = sha256_tree(path), size_tree(path)
         return Artifact(
             target=self.name,
             path=path,
-            sha256=sha256_tree(path),
-            size_bytes=size_tree(path),
+            sha256=sha256,
+            size_bytes=size,
             precision=options.precision,
             model=program.model,
             recipe_sha256=program.recipe_sha256,
@@ -106,13 +139,17 @@ class CoreMLTarget:
             options=dict(options.extra),
             details={
                 "batch": 1,
-                "deployment_target": settings.deployment_target,
+                "deployment_target": system,
                 "operators": operators,
                 "arithmetic": "float16" if options.precision is Precision.FP16 else "float32",
                 "sites": [
                     {"module": s.module_path, "form": c.form, "reason": c.reason}
                     for s, c in zip(static.attentions, choices, strict=True)
                 ],
+            },
+            functions={
+                name: Function(path, sha256, size, f.inputs, f.outputs, state=f.state)
+                for name, f in functions.items()
             },
         )
 
@@ -138,6 +175,7 @@ class CoreMLTarget:
         return {
             "inputs": [s.to_json() for s in inputs],
             "outputs": [s.to_json() for s in outputs],
+            "functions": package.functions(spec),
             "operators": operators,
             "fusions": {op.name: operators.get(op.name, 0) for op in installed_ops()},
             "metadata": described,
@@ -145,11 +183,11 @@ class CoreMLTarget:
             "size_bytes": size_tree(path),
         }
 
-    def _check(self, spec: Any, program: LoweredProgram) -> None:
+    def _check(self, spec: Any, program: LoweredProgram, function: str = "") -> None:
         """Raise ConversionError unless the package has the program's ends and exact divisions."""
         for kind, found, wanted in zip(
             ("inputs", "outputs"),
-            package.features(spec),
+            package.features(spec, function),
             (program.inputs, program.outputs),
             strict=True,
         ):
@@ -169,6 +207,23 @@ class CoreMLTarget:
         found = self.probe()
         if not found.converts:
             raise UnavailableError(f"convert coreml {model}: {found.reason}.", fix=found.fix)
+
+
+def _system(program: LoweredProgram, settings: CoreMLOptions, options: Options) -> str:
+    """Return the oldest system that can run the package.
+
+    Raises:
+        InputError: the recipe wants an older one than functions need.
+    """
+    if not program.functions:
+        return settings.deployment_target
+    if options.extra.get("deployment_target", MULTIFUNCTION) != MULTIFUNCTION:
+        raise InputError(
+            f"convert coreml {program.model}: deployment_target is {settings.deployment_target};"
+            f" expected {MULTIFUNCTION}, the first with several functions in a package.",
+            fix=f"deployment_target: {MULTIFUNCTION}, or `streaming: false` for forward alone",
+        )
+    return MULTIFUNCTION
 
 
 def _describe(spec: Any, short: str, entries: dict[str, Any]) -> None:
