@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tools import write_bundle
+from device_tools import device_report, save, write_bundle
 from evidence_fakes import evaluation, golden
 from way_tools import refused
 
@@ -17,10 +17,13 @@ from flowexport.bundle import file_table, write_json
 from flowexport.cli import run
 from flowexport.core.errors import BundleError, InputError, VerificationError
 from flowexport.core.hashing import sha256_file
+from flowexport.core.streaming import StreamState
+from flowexport.devices import merge_reports
 from flowexport.package import CLIENTS, Package, make_package
 from flowexport.package.binary import Binary, read_tensor
 from flowexport.package.build import choose_samples
 from flowexport.package.read import check_manifest
+from flowexport.parity import write_state
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +269,15 @@ def test_a_causal_models_step_goes_along(bundle: Path, tmp_path: Path) -> None:
                 "state": {"sums": "next_sums"},
             }
         }
+    manifest["streaming"] = {
+        "lengths": [7],
+        "max_steps": None,
+        "reset": "golden/state.safetensors",
+        "state": [{"name": "sums", "shape": [1, 2, 5], "dtype": "float32"}],
+        "state_bytes": 40,
+    }
+    zeros = {"sums": np.zeros((1, 2, 5), np.float32)}
+    write_state(copy / "golden" / "state.safetensors", StreamState("fake-classifier", zeros, 0))
     manifest["files"] = file_table(copy)
     write_json(copy / "manifest.json", manifest)
     package = Package.open(make_package([copy], tmp_path / "out").path)
@@ -274,6 +286,17 @@ def test_a_causal_models_step_goes_along(bundle: Path, tmp_path: Path) -> None:
     assert streaming["states"] == [
         {"name": "sums", "next": "next_sums", "shape": [1, 2, 5], "dtype": "float32", "initial": 0}
     ]
+    report = device_report(package)
+    report["runs"] = [
+        {**r, "entry": "step", "model_sha256": streaming["files"][r["format"]]["sha256"]}
+        for r in report["runs"]
+    ]
+    merged = merge_reports(
+        [save(tmp_path / "r.json", report)], tmp_path / "m", packages=[package.path]
+    )
+    assert [(r.key["format"], r.verdict) for r in merged.rows] == [
+        ("onnx step", "PASS"), ("tflite step", "PASS")
+    ]  # fmt: skip
     assert streaming["inputs"] == specs(frame) and streaming["outputs"] == specs(logits)
     onnx, tflite = streaming["files"]["onnx"], streaming["files"]["tflite"]
     assert onnx["entry"] is None and onnx["path"] != model["files"]["onnx"]["path"]

@@ -7,6 +7,7 @@ import pytest
 from flowexport_models.data import (
     DIGITS_PREPROCESSING,
     JAPANESE_VOWELS_PREPROCESSING,
+    JAPANESE_VOWELS_STREAM_PREPROCESSING,
     _read,
     digits,
     japanese_vowels,
@@ -26,6 +27,7 @@ FLOAT = {"image": "float32", "x": "float32", "padding_mask": "float32"}
 SOURCES = {
     **{f"digits-{s['name']}": s for s in DIGITS_PREPROCESSING["sources"]},
     **{f"vowels-{s['name']}": s for s in JAPANESE_VOWELS_PREPROCESSING["sources"]},
+    **{f"stream-{s['name']}": s for s in JAPANESE_VOWELS_STREAM_PREPROCESSING["sources"]},
 }
 
 
@@ -46,6 +48,8 @@ def test_vowels_are_those_of_the_evaluation_set() -> None:
         assert np.abs(made["x"][0] - truth["x"][i]).max() <= MAX_ABS
         assert np.array_equal(made["padding_mask"][0], truth["padding_mask"][i])
         assert made["padding_mask"].sum() == len(series[i])
+        alone = make_inputs(SOURCES["stream-evaluation"], series[i], FLOAT)
+        assert list(alone) == ["x"] and np.array_equal(alone["x"], made["x"])
 
 
 def test_bilinear_is_torchs() -> None:

@@ -42,7 +42,9 @@ def _judge_run(
     source: str,
     references: Mapping[Key, Reference],
 ) -> Row:
-    key = (run["model"], run["format"])
+    # The step of a causal model is a file of its own, held against the same golden rows.
+    step = run.get("entry") == "step"
+    key = (run["model"], f"{run['format']} step" if step else run["format"])
     reference = references.get(key)
     if reference is None and references:
         known = ", ".join(" ".join(k) for k in sorted(references))
@@ -62,8 +64,8 @@ def _judge_run(
         key={
             "device": device["label"],
             "client": report["client"]["kind"],
-            "model": run["model"],
-            "format": run["format"],
+            "model": key[0],
+            "format": key[1],
             "backend": backend["effective"] or f"{backend['requested']} (not confirmed)",
             "threads": run["threads"]["effective"],
             "precision": run["precision"],

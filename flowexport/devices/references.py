@@ -16,7 +16,7 @@ from flowexport.package import Package
 from flowexport.package.build import model_id
 
 Key = tuple[str, str]
-"""Model id and format."""
+"""Model id and format; ``<format> step`` for the step of a causal model."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,13 @@ def from_package(path: Path) -> dict[Key, Reference]:
         limits = {
             s["name"]: float(s["golden"]["max_abs"]) for s in model["preprocessing"]["sources"]
         }
-        for name, file in model["files"].items():
+        steps = model["streaming"]["files"] if model["streaming"] else {}
+        forms = [(n, f, f) for n, f in model["files"].items()]
+        forms += [(f"{n} step", f, model["files"][n]) for n, f in steps.items()]
+        for name, held, file in forms:
             found[model["id"], name] = Reference(
-                sha256=file["sha256"],
-                size_bytes=file["size_bytes"],
+                sha256=held["sha256"],
+                size_bytes=held["size_bytes"],
                 tolerance=Tolerance.from_json(file["tolerance"]),
                 dtypes={s["name"]: s["dtype"] for s in file["outputs"]},
                 expected=expected,

@@ -266,6 +266,7 @@ class _Model:
                 "outputs": [s.to_json() for s in step.outputs],
             }
         first = next(iter(steps.values()))
+        reset = self._reset([s.name for s in first.state_specs])
         return {
             "files": entries,
             "inputs": [s.to_json() for s in first.inputs if s.name not in first.state],
@@ -276,11 +277,27 @@ class _Model:
                     "next": first.state[s.name],
                     "shape": list(s.static(batch=1).shape),
                     "dtype": s.dtype,
-                    "initial": 0,  # every causal model's reset state
+                    "initial": reset[s.name],
                 }
                 for s in first.state_specs
             ],
         }
+
+    def _reset(self, names: Sequence[str]) -> dict[str, float]:
+        """Return the one value of each state before the first step, as the bundle saved it."""
+        from flowexport.parity import read_state
+
+        saved = read_state(self.bundle.path / self.bundle.manifest["streaming"]["reset"]).values
+        values = {}
+        for name in names:
+            if name not in saved or len(np.unique(saved[name])) != 1:
+                found = "missing" if name not in saved else "several values"
+                raise InputError(
+                    f"{self.where}: reset state {name} has {found}; expected one value, with"
+                    " which clients fill it."
+                )
+            values[name] = float(saved[name].flat[0])
+        return values
 
     def _sources(self, binary: Binary) -> list[dict[str, Any]]:
         dtypes = {s["name"]: s["dtype"] for s in self.bundle.manifest["inputs"]}

@@ -51,6 +51,9 @@ JAPANESE_VOWELS_STREAM_PREPROCESSING = MappingProxyType(
         "mean": list(JAPANESE_VOWELS_MEAN),
         "std": list(JAPANESE_VOWELS_STD),
         "max_steps": JAPANESE_VOWELS_STEPS,
+        "sources": series_sources(
+            JAPANESE_VOWELS_STEPS, JAPANESE_VOWELS_MEAN, JAPANESE_VOWELS_STD, mask=False
+        ),
     }
 )
 

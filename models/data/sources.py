@@ -45,9 +45,12 @@ def digits_sources(size: int, scale: float) -> list[dict[str, Any]]:
     ]
 
 
-def series_sources(steps: int, mean: Sequence[float], std: Sequence[float]) -> list[dict[str, Any]]:
-    """Return the way of one series to ``x`` (1, steps, channels) and its mask (1, steps)."""
+def series_sources(
+    steps: int, mean: Sequence[float], std: Sequence[float], *, mask: bool = True
+) -> list[dict[str, Any]]:
+    """Return the way of one series to ``x`` (1, steps, channels), and its mask (1, steps)."""
     channels = len(mean)
+    lengths = [{"op": "mask_of_length", "size": steps}, {"op": "reshape", "shape": [1, steps]}]
     return [
         {
             "name": "evaluation",
@@ -60,10 +63,7 @@ def series_sources(steps: int, mean: Sequence[float], std: Sequence[float]) -> l
                     {"op": "pad_end", "size": steps, "fill": 0},
                     {"op": "reshape", "shape": [1, steps, channels]},
                 ],
-                "padding_mask": [
-                    {"op": "mask_of_length", "size": steps},
-                    {"op": "reshape", "shape": [1, steps]},
-                ],
+                **({"padding_mask": lengths} if mask else {}),
             },
         }
     ]
