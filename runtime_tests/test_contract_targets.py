@@ -114,9 +114,7 @@ def test_every_target_offers_fp32_and_fp16(target: Target) -> None:
     assert {Precision.FP32, Precision.FP16} <= set(target.precisions)
 
 
-def test_artifact_describes_its_file(
-    target: Target, artifacts: dict[Precision, Artifact]
-) -> None:
+def test_artifact_describes_its_file(target: Target, artifacts: dict[Precision, Artifact]) -> None:
     for precision, artifact in artifacts.items():
         assert artifact.target == target.name
         assert artifact.path.name.endswith(target.suffix)
@@ -172,9 +170,7 @@ def test_numbers_survive(target: Target, artifacts: dict[Precision, Artifact]) -
             assert error <= TOLERANCE[precision], f"{precision} {name}: {error}"
 
 
-def test_session_refuses_wrong_feeds(
-    target: Target, artifacts: dict[Precision, Artifact]
-) -> None:
+def test_session_refuses_wrong_feeds(target: Target, artifacts: dict[Precision, Artifact]) -> None:
     try:
         session = target.load(artifacts[Precision.FP32])
     except UnavailableError as error:

@@ -90,9 +90,7 @@ def test_decomposed_program_computes_the_same(
             torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
 
 
-def test_saved_program_is_the_same(
-    two: tuple[nn.Module, LoweredProgram], tmp_path: Path
-) -> None:
+def test_saved_program_is_the_same(two: tuple[nn.Module, LoweredProgram], tmp_path: Path) -> None:
     program = two[1]
     program.save(tmp_path / "p.pt2")
     again = LoweredProgram.load(tmp_path / "p.pt2", [DESCRIPTOR])
