@@ -414,6 +414,25 @@ def test_web_without_isolation_says_so(site: Path, package: Path, chromium: str)
     assert any("not cross-origin isolated" in n for n in seen["notices"])
 
 
+def test_web_runs_on_webgpu(site: Path, package: Path, chromium: str) -> None:
+    """On a software adapter: the API and the numbers are real, the speed is not."""
+    with serve(site, package) as served:
+        seen = drive("webgpu", served.url, chromium)
+    if not seen["adapter"]:
+        pytest.skip("this Chromium gives no WebGPU adapter, not even SwiftShader's")
+    assert seen["before"] == seen["state"] == "passed"
+    found = {(f["model"], f["what"]): f for f in seen["findings"]}
+    for model in ("digits", "japanese-vowels"):
+        assert found[model, "ort-webgpu"]["verdict"] == "PASS"
+        assert float(found[model, "ort-webgpu"]["worst"]) <= MAX_REL
+        MEASURED[f"{model} webgpu (SwiftShader) max_rel"] = float(
+            found[model, "ort-webgpu"]["worst"]
+        )
+    assert seen["drawn"]["answer"] == "6"
+    assert "webgpu" in seen["drawn"]["timing"]
+    assert seen["foreign"] == seen["console"] == []
+
+
 def test_web_without_simd_says_so(site: Path, package: Path, chromium: str) -> None:
     with serve(site, package) as served:
         seen = drive("nosimd", served.url, chromium)

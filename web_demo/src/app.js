@@ -174,7 +174,9 @@ function wireRuntimeChoice(app, views) {
   select.addEventListener("change", () => {
     app.liveBackend = select.value;
     localStorage.setItem(STORED, select.value);
+    views.draw?.wait();
     views.draw?.predict();
+    views.listen?.start();
     if (!backend(select.value).eager) app.selfTest();
   });
 }

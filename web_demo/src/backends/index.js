@@ -42,7 +42,8 @@ export const BACKENDS = [
 ];
 
 const NO_SIMD = "this browser has no WebAssembly SIMD, which both runtimes need";
-const START_MS = 60_000;
+/** A start, a load or a single run that takes longer than this hangs. */
+const PATIENCE_MS = 60_000;
 
 export function backend(id) {
   const found = BACKENDS.find((b) => b.id === id);
@@ -54,6 +55,7 @@ export function backend(id) {
 export class Runtime {
   #next = 1;
   #waiting = new Map();
+  #turn = Promise.resolve();
 
   constructor(spec, threads) {
     this.spec = spec;
@@ -71,30 +73,47 @@ export class Runtime {
   }
 
   async #start(threads) {
-    let timer;
-    const late = new Promise((_, reject) => {
-      timer = setTimeout(() => reject(new Error(`no answer within ${START_MS / 1000} s`)), START_MS);
-    });
     try {
-      this.info = await Promise.race([this.call("init", { options: { threads, ...this.spec.options() } }), late]);
+      this.info = await this.patient("init", { options: { threads, ...this.spec.options() } });
     } catch (error) {
       this.#die(error.message);
       throw new Error(`${this.spec.label} did not start: ${error.message}`);
-    } finally {
-      clearTimeout(timer);
     }
     return this.info;
   }
 
-  /** Send a request; `onProgress` gets what the worker tells on the way. */
-  call(op, request = {}, { onProgress, signal } = {}) {
-    if (this.dead) return Promise.reject(new Error(this.dead));
+  /** Send a request that must be answered soon; a runtime that hangs is ended, and says so. */
+  patient(op, request) {
+    return this.call(op, request, { patience: PATIENCE_MS });
+  }
+
+  /**
+   * Send a request in its turn: a WebGPU session that runs twice at once hangs.
+   *
+   * @param options `onProgress` gets what the worker tells on the way; `signal` stops a loop
+   */
+  call(op, request = {}, options = {}) {
+    const answer = this.#turn.then(() => this.#send(op, request, options));
+    this.#turn = answer.catch(() => {});
+    return answer;
+  }
+
+  async #send(op, request, { onProgress, signal, patience }) {
+    if (this.dead) throw new Error(this.dead);
     const id = this.#next++;
-    return new Promise((resolve, reject) => {
-      this.#waiting.set(id, { resolve, reject, onProgress });
-      signal?.addEventListener("abort", () => this.worker.postMessage({ op: "cancel", target: id }));
-      this.worker.postMessage({ ...request, id, op });
-    });
+    const cancel = () => this.worker.postMessage({ op: "cancel", target: id });
+    const late = patience && setTimeout(() => this.#die(`no answer within ${patience / 1000} s`), patience);
+    signal?.addEventListener("abort", cancel);
+    try {
+      return await new Promise((resolve, reject) => {
+        this.#waiting.set(id, { resolve, reject, onProgress });
+        if (signal?.aborted) cancel();
+        this.worker.postMessage({ ...request, id, op });
+      });
+    } finally {
+      clearTimeout(late);
+      signal?.removeEventListener("abort", cancel);
+    }
   }
 
   #answer({ id, value, error, progress }) {
@@ -168,7 +187,7 @@ export class Backends {
     const got = await fetching;
     const key = keyOf(file);
     if (!runtime.loaded.has(key)) {
-      const loading = runtime.call("load", { key, bytes: got.bytes, entry: file.entry ?? null }).then(
+      const loading = runtime.patient("load", { key, bytes: got.bytes, entry: file.entry ?? null }).then(
         ({ coldMs }) => ({ coldMs, fetchMs: got.fetchMs, from: got.from, sha256: got.sha256 }),
         (error) => {
           runtime.loaded.delete(key);
@@ -232,7 +251,7 @@ export class LoadedModel {
 
   /** Run once; `{outputs, ms}`. */
   run(feeds) {
-    return this.runtime.call("run", { key: this.key, feeds });
+    return this.runtime.patient("run", { key: this.key, feeds });
   }
 
   bench(request, options) {

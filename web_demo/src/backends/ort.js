@@ -31,7 +31,8 @@ export function make(ort, provider) {
       return {
         name: "ONNX Runtime Web",
         version: ort.env.versions?.web ?? null,
-        effective: provider,
+        // ORT does not tell where it placed each node; shapes it always keeps on the processor.
+        effective: provider === "webgpu" ? "webgpu, with wasm for what it does not take" : provider,
         threads: ort.env.wasm.numThreads,
         reason,
       };
@@ -42,6 +43,7 @@ export function make(ort, provider) {
       const session = await ort.InferenceSession.create(bytes, {
         executionProviders: [provider],
         graphOptimizationLevel: "all",
+        logSeverityLevel: 3,
       });
       return {
         async run(feeds) {

@@ -204,6 +204,11 @@ export class DrawView {
     return makeInputs(this.source, this.raw(), this.model.inputs);
   }
 
+  /** Say that another runtime is being started. */
+  wait() {
+    this.timing.textContent = "Starting the runtime…";
+  }
+
   /** Answer the newest drawing; one run at a time, older drawings are passed over. */
   async predict() {
     if (this.#sample === null && !this.#strokes.length) return;

@@ -231,6 +231,22 @@ const SCENARIOS = {
     return { state, threads, offline: await page.textContent("#offline"), ...await facts(page, log) };
   },
 
+  /** WebGPU, chosen by the person, on a software adapter. */
+  async webgpu(browser) {
+    const { page, log } = await open(browser, url);
+    if (!(await page.evaluate(async () => Boolean(await navigator.gpu?.requestAdapter())))) return { adapter: false };
+    const result = { adapter: true, before: await selfTest(page) };
+    await page.selectOption("#live-backend", "ort-webgpu");
+    await page.waitForFunction(() => document.body.dataset.selftest === "running", null, { timeout: 10_000 }).catch(() => {});
+    result.state = await selfTest(page, 240_000);
+    await page.click(".sample >> nth=6");
+    await page.waitForFunction(() => /6/.test(document.querySelector("#panel-draw .answer").textContent), null, { timeout: 120_000 }).catch(() => {});
+    result.drawn = await answer(page, "draw");
+    await page.click("#tab-measure");
+    await shot(page, "desktop-webgpu");
+    return { ...result, ...await facts(page, log) };
+  },
+
   /** A browser whose WebAssembly knows no SIMD. */
   async nosimd(browser) {
     const { page, log } = await open(browser, url, {
@@ -242,7 +258,7 @@ const SCENARIOS = {
   },
 };
 
-const browser = await launch(chromium);
+const browser = await launch(chromium, { webgpu: scenario === "webgpu" });
 try {
   process.stdout.write(JSON.stringify(await SCENARIOS[scenario](browser)));
 } finally {

@@ -8,8 +8,15 @@ const FLAGS = [
   "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ];
 
-export async function launch(executablePath) {
-  return chromium.launch({ executablePath, headless: true, args: FLAGS });
+/** WebGPU on SwiftShader: the real API, computed by the processor. */
+const SOFTWARE_GPU = [
+  "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan",
+  "--use-vulkan=swiftshader", "--disable-vulkan-surface",
+];
+
+export async function launch(executablePath, { webgpu = false } = {}) {
+  const args = webgpu ? [...FLAGS.filter((f) => f !== "--disable-gpu"), ...SOFTWARE_GPU] : FLAGS;
+  return chromium.launch({ executablePath, headless: true, args });
 }
 
 /**
