@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from flowexport.bundle import MANIFEST, REPORT_FILES, Bundle, file_table, output_errors, write_json
 from flowexport.core.errors import BundleError, FlowExportError
 from flowexport.core.hashing import sha256_file
-from flowexport.core.reports import LatencyReport, ParityReport, Tolerance
-from flowexport.core.types import Artifact, Session
+from flowexport.core.reports import LatencyReport, ParityReport, StepTimes, Tolerance
+from flowexport.core.streaming import Stream
+from flowexport.core.types import STEP, Artifact, Session
 from flowexport.progress import Progress
 from flowexport.registry import TARGETS
 
@@ -143,7 +147,43 @@ def bench_all(
                 min_seconds=settings["min_seconds"],
                 progress=lambda done, total: progress.step(done, total),
             )
+    stream = saved_stream(root, manifest)
+    for name in sessions:
+        if stream is not None and artifacts[name].functions and reports[name].not_run is None:
+            times = _bench_steps(artifacts[name], stream, settings, threads)
+            reports[name] = replace(reports[name], steps=times)
     return {name: reports[name] for name in artifacts}
+
+
+def _bench_steps(
+    artifact: Artifact, saved: SavedStream, settings: Mapping[str, Any], threads: int
+) -> StepTimes:
+    """Measure a step against the longest forward that the saved stream can feed."""
+    from flowexport.bench import measure_steps
+
+    lengths = {
+        name: int(artifact.function(name).inputs[0].shape[1])
+        for name in (artifact.entry, *artifact.functions)
+        if name != STEP
+    }
+    most = saved.inputs.shape[1]
+    name = max((n for n in lengths if lengths[n] <= most), key=lambda n: lengths[n])
+    target = TARGETS.get(artifact.target)
+    sequence = np.ascontiguousarray(saved.inputs[:, : lengths[name]])
+    with (
+        target.load(artifact.function(name), threads=threads) as forward,
+        target.load(artifact.function(STEP), threads=threads) as session,
+    ):
+        return measure_steps(
+            Stream(session, saved.max_steps),
+            saved.reset,
+            {saved.name: np.ascontiguousarray(saved.inputs[:, 0])},
+            forward,
+            {saved.name: sequence},
+            warmup=settings["warmup"],
+            min_runs=settings["min_runs"],
+            min_seconds=settings["min_seconds"],
+        )
 
 
 def _bench_case(golden: Golden) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flowexport.report import svg
 from flowexport.report.format import number, percent, size
+from flowexport.report.streaming import streaming
 
 VERDICT_WORDS = {
     "PASS": "Every expected comparison was made and is within its tolerance.",
@@ -38,6 +39,9 @@ def page(manifest: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, 
         for case in target["cases"]:
             case["svg"] = Markup(case["svg"])
         target["axis"] = Markup(target["axis"])
+    stream = streaming(targets, manifest)
+    if stream is not None and stream["plot"]:
+        stream["plot"] = Markup(stream["plot"])
     counts = {v: sum(t["verdict"] == v for t in targets) for v in VERDICT_WORDS}
     return {
         "name": document["name"],
@@ -50,6 +54,7 @@ def page(manifest: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, 
         "facts": _facts(manifest, model, targets),
         "targets": targets,
         "plots": plots,
+        "streaming": stream,
         "machine": _machine(document["machine"]),
         "environment": _environment(manifest),
         "files": sorted(manifest.get("files", {}).items()),
