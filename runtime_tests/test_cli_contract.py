@@ -190,7 +190,17 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("list", "doctor", "convert", "verify", "bench", "report", "inspect"):
+    for verb in (
+        "list",
+        "doctor",
+        "convert",
+        "verify",
+        "bench",
+        "report",
+        "inspect",
+        "package",
+        "demo",
+    ):
         assert verb in done.stdout
 
 

@@ -33,6 +33,7 @@ def judge_bundle(path: Path, references: Mapping[Key, Reference]) -> list[Row]:
     parity, latency = read_report(bundle.path)
     created = json.loads((bundle.path / "report.json").read_text(encoding="utf-8"))["generated"]
     name = model_id(bundle.manifest)
+    machine: Mapping[str, Any] = next((r.machine for r in latency.values() if r.machine), {})
     rows = []
     for target, artifact in bundle.artifacts().items():
         found, times = parity.get(target), latency.get(target)
@@ -44,7 +45,7 @@ def judge_bundle(path: Path, references: Mapping[Key, Reference]) -> list[Row]:
                     f" expected {reference.sha256[:12]}… as {reference.origin} has.",
                     fix="merge the reports of one conversion at a time",
                 )
-        rows.append(_row(bundle, name, artifact, found, times, created))
+        rows.append(_row(bundle, name, artifact, found, times, machine, created))
     return rows
 
 
@@ -54,10 +55,10 @@ def _row(
     artifact: Artifact,
     parity: ParityReport | None,
     latency: LatencyReport | None,
+    machine: Mapping[str, Any],
     created: str,
 ) -> Row:
     runtime = (parity and parity.runtime) or (latency and latency.runtime) or {}
-    machine: Mapping[str, Any] = latency.machine if latency else {}
     device = machine.get("cpu") or bundle.manifest["machine"]["platform"]
     return Row(
         key={
@@ -65,7 +66,7 @@ def _row(
             "client": "desktop",
             "model": name,
             "format": artifact.target,
-            "backend": runtime.get("name") or "none",
+            "backend": runtime.get("name") or "no runtime",
             "threads": latency.threads if latency else runtime.get("threads"),
             "precision": artifact.precision.value,
             "repetition": 1,
