@@ -160,7 +160,8 @@ def finished_bundle(base: Path) -> tuple[Path, str, str]:
 def start(
     *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.Popen[str]:
-    """Start ``flowexport`` in a process of its own."""
+    """Start ``flowexport`` in a process of its own, as a terminal would."""
+    # A shell's background job, and with it a test run in one, ignores SIGINT; a child inherits it.
     return subprocess.Popen(
         [sys.executable, "-m", "flowexport", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -168,6 +169,7 @@ def start(
         text=True,
         cwd=cwd,
         env={**os.environ, **(env or {})},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
