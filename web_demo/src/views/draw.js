@@ -68,6 +68,8 @@ export class DrawView {
 
   /** Show what can be shown once the model is there; the first test image is the first answer. */
   async start() {
+    // Beside the test images; what goes wrong is told by the prediction.
+    this.app.live(this.model).catch(() => {});
     this.evaluation = await this.app.pack.evaluation(this.model).catch((error) => {
       this.fail(error);
       return null;
