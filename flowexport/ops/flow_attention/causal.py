@@ -132,7 +132,7 @@ def causal_chunked(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     def before(x: Tensor) -> Tensor:  # (BH, G, D, c), (BH, G, c, 1) -> (BH, G, D, 1)
         return exclusive_prefix(x)
 
-    ones = q.new_ones(CHUNK, 1)
+    ones = torch.ones(CHUNK, 1, dtype=q.dtype, device=q.device)
     x = n / (sinks @ ones + q_eps @ before(kt @ ones) + q_rest)
     y = n / (sources @ ones + k_eps @ before(qt @ ones) + k_rest)
     sink = (sinks @ y + q_eps @ before(kt @ y) + q_rest) / n
