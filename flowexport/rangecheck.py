@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,16 +37,20 @@ COMPUTES_WIDE = ("tflite",)
 TABLE_OF = {"tensorrt": "onnx"}
 SAMPLES = 2
 # Values of the largest tensor of a check: the causal reference holds N·H·D·M of them.
-MOST_VALUES = 2**24
+MOST_VALUES = 2**22
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What reached one attention: its site, the calibrated ranges, and the logits by sample."""
+    """What reached one attention: its site, the calibrated ranges, and the logits by sample.
+
+    ``verdicts`` keeps what was found, by form and arithmetic: targets share most of it.
+    """
 
     site: AttentionSite
     ranges: Mapping[str, LogitRange]
     samples: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    verdicts: dict[tuple[str, str], SiteVerdict] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -348,11 +352,14 @@ def _safe(verdicts: Mapping[str, SiteVerdict], decisive: Sequence[str]) -> bool:
 def _worst(call: Calls, form: str, arithmetic: str) -> SiteVerdict:
     from flowexport.ops.flow_attention.ranges import check_site
 
-    verdicts = [
-        check_site(call.site, *_fewer_heads(call.site, *sample), form, arithmetic)
-        for sample in call.samples
-    ]
-    return max(verdicts, key=lambda v: (not v.safe, v.error))
+    if (form, arithmetic) not in call.verdicts:
+        verdicts = [
+            check_site(call.site, *_fewer_heads(call.site, *sample), form, arithmetic)
+            for sample in call.samples
+        ]
+        worst = max(verdicts, key=lambda v: (not v.safe, v.error))
+        call.verdicts[form, arithmetic] = worst
+    return call.verdicts[form, arithmetic]
 
 
 def _fewer_heads(
