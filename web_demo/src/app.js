@@ -88,7 +88,10 @@ class App {
         const finding = await testModel(this.pack, this.backends, model, spec.id, 1);
         this.report.addGolden({ model, spec, requestedThreads: 1, power: start }, finding);
         this.#found(finding);
-        if (model.streaming) this.#found(await testStream(this.pack, this.backends, model, spec));
+        if (!model.streaming) continue;
+        const steps = await testStream(this.pack, this.backends, model, spec);
+        if (!steps.notRun) this.report.addGolden({ model, spec, requestedThreads: 1, entry: "step", power: start }, steps);
+        this.#found(steps);
       }
     }
     for (const spec of BACKENDS.filter((b) => !b.eager && b.id !== this.liveBackend)) {

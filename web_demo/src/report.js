@@ -43,18 +43,18 @@ export class Report {
   /**
    * The run of one setting, made when first asked for.
    *
-   * @param setting `{model, spec, requestedThreads}`; `loaded` is the LoadedModel, or null where it did not load
+   * @param setting `{model, spec, requestedThreads}`; `entry` is "step" for the step-by-step form; `loaded` is the LoadedModel, or null where it did not load
    */
-  run({ model, spec, requestedThreads, loaded = null, power = null }) {
-    const key = `${model.id} ${spec.id} ${requestedThreads}`;
-    if (!this.#runs.has(key)) this.#runs.set(key, emptyRun(model, spec, requestedThreads, power));
+  run({ model, spec, requestedThreads, entry = "forward", loaded = null, power = null }) {
+    const key = `${model.id} ${spec.id} ${requestedThreads} ${entry}`;
+    if (!this.#runs.has(key)) this.#runs.set(key, emptyRun(model, spec, requestedThreads, entry, power));
     const run = this.#runs.get(key);
     if (loaded) {
       Object.assign(run, {
         model_sha256: loaded.load.sha256,
         model_size_bytes: loaded.file.size_bytes,
         runtime: { name: loaded.info.name, version: loaded.info.version },
-        precision: loaded.file.precision,
+        precision: loaded.file.precision ?? model.files[spec.format].precision,
         load: { cold_ms: loaded.load.coldMs, fetch_ms: loaded.load.fetchMs, from: loaded.load.from },
       });
       run.backend.effective = loaded.info.effective;
@@ -114,11 +114,12 @@ export function tensor({ name, dtype, shape, data }) {
   return { name, dtype, shape: [...shape], data: btoa(text) };
 }
 
-function emptyRun(model, spec, requestedThreads, power) {
+function emptyRun(model, spec, requestedThreads, entry, power) {
   const unknown = { thermal: null, battery_level: null, charging: null };
   return {
     model: model.id,
     format: spec.format,
+    entry,
     model_sha256: null,
     model_size_bytes: null,
     runtime: { name: null, version: null },

@@ -116,10 +116,11 @@ export async function runSteps(stream, golden, tolerance) {
         rows.set(values, (b * steps + t) * width);
       }
     }
-    const found = compare({ shape: expected.shape, data: rows }, expected, tolerance);
+    entry.outputs = { [expected.name]: { dtype: "float32", shape: expected.shape, data: rows } };
+    const found = compare(entry.outputs[expected.name], expected, tolerance);
     Object.assign(entry, { ok: found.ok, maxRel: found.maxRel, maxAbs: found.maxAbs, reason: found.reason });
   } catch (error) {
-    Object.assign(entry, { ok: false, maxRel: null, maxAbs: null, reason: messageOf(error) });
+    Object.assign(entry, { ok: false, maxRel: null, maxAbs: null, reason: messageOf(error), outputs: {} });
   }
   return entry;
 }
