@@ -214,7 +214,7 @@ def flowformer_timeseries_japanese_vowels(**config: Any) -> FlowformerTimeSeries
         "feat_dim": 12,
         "max_len": 29,
         "num_classes": 9,
-        "d_model": 64,
+        "d_model": 128,
         "n_heads": 8,
         "num_layers": 3,
         "d_ff": 256,

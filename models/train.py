@@ -48,11 +48,12 @@ TASKS: Mapping[str, Task] = {
         model="flowformer-timeseries-japanese-vowels",
         train="japanese-vowels-train",
         test="japanese-vowels-test",
-        # Optimizer, rate and batch are the paper's for UEA.
-        optimizer="RAdam",
+        # Chosen by cross-validation in the training set; the paper's RAdam came after it.
+        optimizer="AdamW",
         learning_rate=1e-3,
         epochs=50,
         batch=16,
+        weight_decay=0.1,
         one_cycle=True,
         augment="speak-again",
     ),
@@ -86,7 +87,7 @@ TASKS: Mapping[str, Task] = {
 
 
 def speak_again(x: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Stretch each series in time by 0.8 to 1.25 and add noise (0.1 σ) to recorded steps.
+    """Stretch each series in time by 0.8 to 1.25 and add noise (0.3 σ) to recorded steps.
 
     The speaking rate differs between occasions, and the head has weights for each step.
 
@@ -109,7 +110,7 @@ def speak_again(x: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
 
     stretched = at(low) * (1 - share) + at((low + 1).minimum(old - 1)) * share
     mask = (step < new).to(x.dtype)
-    return (stretched + 0.1 * torch.randn_like(x)) * mask[..., None], mask
+    return (stretched + 0.3 * torch.randn_like(x)) * mask[..., None], mask
 
 
 def shift_rotate(image: Tensor) -> tuple[Tensor]:
@@ -271,7 +272,10 @@ def save(module: nn.Module, name: str, task: Task, facts: Mapping[str, Any], out
 
 NOTES = {
     "japanese-vowels": "The split is the UEA archive's: the same nine speakers in both parts,"
-    " on different occasions.",
+    " on different occasions. Width, optimizer and augmentation are those of the lowest 3-fold"
+    " cross-validation loss inside the training set; the test accuracies of about ten other"
+    " configurations (97.3 to 98.7 %) had been seen by then, so read this one as optimistic by"
+    " some tenths of a per cent.",
     "japanese-vowels-causal": "The split is the UEA archive's: the same nine speakers in both"
     " parts, on different occasions. The model answers after every frame; the test accuracy is"
     " that after a series' last one.",
