@@ -20,6 +20,8 @@ from flowexport.core.errors import InputError
 SIZES = {
     "japanese-vowels-train": 270,
     "japanese-vowels-test": 370,
+    "japanese-vowels-stream-train": 270,
+    "japanese-vowels-stream-test": 370,
     "digits-train": 1437,
     "digits-test": 360,
 }
