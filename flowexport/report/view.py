@@ -72,7 +72,10 @@ def _headline(counts: Mapping[str, int]) -> str:
 
 
 def _target(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    made = manifest.get("targets", {}).get(name, {})
+    made = dict(manifest.get("targets", {}).get(name, {}))
+    if made.get("functions"):  # those of a causal model may have files of their own
+        sizes = {f["path"]: f["size_bytes"] for f in made["functions"].values()}
+        made["size_bytes"] = sum({**sizes, made["path"]: made["size_bytes"]}.values())
     parity, times = entry["parity"] or {}, entry["latency"] or {}
     details = dict(made.get("details") or {})
     tolerance = dict(parity.get("tolerance") or made.get("tolerance") or {})
