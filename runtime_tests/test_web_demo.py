@@ -23,6 +23,7 @@ from flowexport.registry import TARGETS
 pytest_plugins = ["web_fixtures"]
 pytestmark = pytest.mark.slow
 
+RECIPES = ("digits", "japanese-vowels", "japanese-vowels-streaming")
 MAX_REL = 1e-5
 FIRST_VISIT_BYTES = 9_000_000
 MODELS = (".onnx", ".tflite")
@@ -39,9 +40,9 @@ def the_report() -> dict[str, Any]:
 
 
 def settings_of(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """One-thread runs by (model, format)."""
+    """One-thread runs by (model, format); ``<format> step`` for the step-by-step form."""
     runs = [r for r in report["runs"] if r["threads"]["requested"] == 1]
-    return {(r["model"], r["format"]): r for r in runs}
+    return {(r["model"], r["format"] + " step" * (r["entry"] == "step")): r for r in runs}
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +80,9 @@ def test_web_ships_only_what_it_uses(site: Path) -> None:
 def test_web_selftest_passes_on_both_backends(tour: dict[str, Any]) -> None:
     assert tour["state"] == "passed"
     found = {(f["model"], f["what"]): f for f in tour["findings"]}
-    for model in ("digits", "japanese-vowels"):
-        for what in ("preprocessing", "ort-wasm", "litert-wasm"):
+    for model in RECIPES:
+        steps = ("ort-wasm step", "litert-wasm step") * (model == "japanese-vowels-streaming")
+        for what in ("preprocessing", "ort-wasm", "litert-wasm", *steps):
             finding = found[model, what]
             assert finding["verdict"] == "PASS", finding
             passed, total = map(int, finding["cases"].split("/"))
@@ -106,20 +108,22 @@ def test_web_draws_digits(tour: dict[str, Any]) -> None:
 
 
 def test_web_replays_an_utterance(tour: dict[str, Any], package: Path) -> None:
-    heard = tour["heard"]
-    evaluation = next(
-        m["evaluation"]
-        for m in json.loads((package / "manifest.json").read_text(encoding="utf-8"))["models"]
-        if m["id"] == "japanese-vowels"
-    )
-    raw = (package / evaluation["file"]["path"]).read_bytes()
-    entry = evaluation["reference_top1"]
-    top1 = np.frombuffer(raw, "<i4", entry["shape"][0], entry["offset"])
-    assert heard["alert"] is None
-    assert heard["answer"] == f"speaker {top1[5] + 1}"
-    done, total = map(int, heard["place"].split("/"))
-    assert done == total - 5  # five steps back by keyboard
-    assert f"after {done} of {total} frames" in heard["scrubbed"]["confidence"]
+    manifest = json.loads((package / "manifest.json").read_text(encoding="utf-8"))
+    series = [m for m in manifest["models"] if m["id"].startswith("japanese-vowels")]
+    assert set(tour["heard"]) == {m["id"] for m in series}
+    for model in series:
+        heard = tour["heard"][model["id"]]
+        raw = (package / model["evaluation"]["file"]["path"]).read_bytes()
+        entry = model["evaluation"]["reference_top1"]
+        top1 = np.frombuffer(raw, "<i4", entry["shape"][0], entry["offset"])
+        assert heard["alert"] is None
+        assert heard["answer"] == f"speaker {top1[5] + 1}"
+        done, total = map(int, heard["place"].split("/"))
+        assert done == total - 5  # five steps back by keyboard
+        assert f"after {done} of {total} frames" in heard["scrubbed"]["confidence"]
+        streams = bool(model["streaming"])
+        assert ("one step a frame" in heard["timing"]) == streams
+        assert ("one step of the streaming model" in heard["mode"]) == streams
 
 
 def test_web_accuracy_equals_native_on_every_sample(
@@ -137,9 +141,10 @@ def test_web_accuracy_equals_native_on_every_sample(
                 feeds = [
                     {k: v[i : i + 1] for k, v in data.dataset.inputs.items()} for i in range(count)
                 ]
-                predictions[name] = [
-                    int(np.argmax(session.run(f)[data.output], axis=-1)[0]) for f in feeds
-                ]
+                rows = [session.run(f)[data.output][0] for f in feeds]
+                if data.dataset.lengths is not None:  # the answer is the last real step's
+                    rows = [r[n - 1] for r, n in zip(rows, data.dataset.lengths, strict=True)]
+                predictions[name] = [int(r.argmax()) for r in rows]
                 times = []
                 for _ in range(200):
                     start = time.perf_counter()
@@ -171,10 +176,10 @@ def test_web_report_goes_through_merge(
     assert "CI Chromium" in json.dumps(merged)
     report = the_report()
     runs = settings_of(report)
-    assert {(m, f) for m in ("digits", "japanese-vowels") for f in ("onnx", "tflite")} <= set(runs)
+    assert {(m, f) for m in RECIPES for f in ("onnx", "tflite")} <= set(runs)
     for run_ in runs.values():
         assert run_["errors"] == []
-        assert len(run_["latency"]["inference_ms"]) == 60
+        assert run_["entry"] == "step" or len(run_["latency"]["inference_ms"]) == 60
         assert all(case["error"] is None for case in run_["golden"])
     assert report["device"]["label"] == "CI Chromium"
     # A report whose model is another one must not get through.
@@ -194,7 +199,8 @@ def test_web_agrees_with_goldens_within_1e_5(
     runs = settings_of(the_report())
     for model in manifest["models"]:
         golden = (package / model["golden"]["file"]["path"]).read_bytes()
-        for form in model["files"]:
+        steps = [f"{f} step" for f in (model["streaming"] or {"files": ()})["files"]]
+        for form in [*model["files"], *steps]:
             cases = {c["name"]: c for c in runs[model["id"], form]["golden"]}
             assert set(cases) == {c["name"] for c in model["golden"]["cases"]}
             worst = 0.0
@@ -275,7 +281,7 @@ def test_web_runs_on_webgpu(
         pytest.skip("this Chromium gives no WebGPU adapter, not even SwiftShader's")
     assert seen["before"] == seen["state"] == "passed"
     found = {(f["model"], f["what"]): f for f in seen["findings"]}
-    for model in ("digits", "japanese-vowels"):
+    for model in RECIPES:
         assert found[model, "ort-webgpu"]["verdict"] == "PASS"
         assert float(found[model, "ort-webgpu"]["worst"]) <= MAX_REL
         measured[f"{model} webgpu (SwiftShader) max_rel"] = float(

@@ -1,7 +1,6 @@
 """The web demo's tests, a pytest plugin: Chromium, the built page, bundles and their package.
 
-FLOWEXPORT_WEB_BUNDLES names a folder with the bundles digits and japanese-vowels to use instead
-of converting them.
+FLOWEXPORT_WEB_BUNDLES names a folder with the recipes' bundles to use instead of converting them.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from flowexport.demo import find_site
 from flowexport.package import make_package
 from flowexport.registry import TARGETS
 
+RECIPES = ("digits", "japanese-vowels", "japanese-vowels-streaming")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -71,7 +71,7 @@ def site() -> Path:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     given = os.environ.get("FLOWEXPORT_WEB_BUNDLES")
     if given:
-        return [Path(given) / "digits", Path(given) / "japanese-vowels"]
+        return [Path(given) / name for name in RECIPES]
     for name in ("onnx", "tflite"):
         availability = TARGETS.get(name).probe()
         if not availability.converts:
@@ -81,7 +81,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         flowexport.convert(
             name, targets=["onnx", "tflite"], out=out / name, threads=1, bench=False
         ).bundle
-        for name in ("digits", "japanese-vowels")
+        for name in RECIPES
     ]
 
 

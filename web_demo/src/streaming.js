@@ -27,6 +27,11 @@ export class Stream {
     }
   }
 
+  /** Go back to the states after an earlier frame; a step replaces them, it never changes them. */
+  restore(states) {
+    this.states = states;
+  }
+
   /** Take one frame; returns the output's values. */
   async step(frame) {
     const [spec] = this.streaming.inputs;
@@ -36,7 +41,7 @@ export class Stream {
     }
     const feeds = { ...this.states, [spec.name]: { dtype: spec.dtype, shape, data: Float32Array.from(frame) } };
     const { outputs, ms } = await this.loaded.run(feeds);
-    for (const s of this.streaming.states) this.states[s.name] = outputs[s.next];
+    this.states = Object.fromEntries(this.streaming.states.map((s) => [s.name, outputs[s.next]]));
     return { values: outputs[this.streaming.outputs[0].name].data, ms };
   }
 }

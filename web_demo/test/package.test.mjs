@@ -65,6 +65,10 @@ test("a streaming model gets its own states back", async () => {
   const stream = new Stream(loaded, streaming);
   assert.equal((await stream.step([1, 2])).values[0], 3.5);
   assert.equal((await stream.step([1, 0])).values[0], 4.5);
+  const kept = stream.states;
+  await stream.step([9, 9]);
+  stream.restore(kept);
+  assert.equal((await stream.step([0, 0])).values[0], 4.5);
   stream.reset();
   assert.equal((await stream.step([0, 0])).values[0], 0.5);
   await assert.rejects(stream.step([1, 2, 3]), /3 values/);

@@ -28,14 +28,14 @@ export class ListenView {
   constructor(app, model, models, choose) {
     this.app = app;
     this.model = model;
-    this.modelPick = el("select", { onchange: () => choose(models[this.modelPick.selectedIndex]) }, choices(models.map((m) => [m.id, m.streaming ? `${m.id} · step by step` : m.id]), model.id));
+    this.modelPick = el("select", { id: "listen-model", onchange: () => choose(models[this.modelPick.selectedIndex]) }, choices(models.map((m) => [m.id, m.streaming ? `${m.id} · step by step` : m.id]), model.id));
     this.several = models.length > 1;
     this.source = model.preprocessing.sources.find((s) => s.name === "evaluation") ?? model.preprocessing.sources[0];
     this.node = this.#build();
   }
 
   #build() {
-    this.pick = el("select", { onchange: () => this.open(Number(this.pick.value)) });
+    this.pick = el("select", { id: "listen-utterance", onchange: () => this.open(Number(this.pick.value)) });
     this.playButton = el("button.primary", { type: "button", onclick: () => (this.#playing ? this.pause() : this.play()) }, "Play");
     this.next = el("button", { type: "button", onclick: () => this.#another() }, "Another utterance");
     this.speed = el("select", { "aria-label": "Speed" }, choices([[0.5, "½ speed"], [1, "normal"], [3, "fast"]], 1));
@@ -154,9 +154,10 @@ export class ListenView {
     this.pause();
     const turn = ++this.#turn;
     if (frame < this.#heard) {
-      this.#heard = this.#stream ? 0 : frame;
-      this.#beliefs.length = this.#heard;
-      this.#stream?.reset();
+      this.#heard = frame;
+      this.#beliefs.length = frame;
+      if (frame) this.#stream?.restore(this.#beliefs[frame - 1].states);
+      else this.#stream?.reset();
     }
     while (turn === this.#turn && this.#heard < frame) if (!(await this.#hear(turn))) return;
     if (this.#beliefs.length) this.#show(this.#beliefs.at(-1));
@@ -171,7 +172,7 @@ export class ListenView {
     const count = this.#heard + 1;
     try {
       const belief = this.#stream
-        ? await this.#stream.step(data.subarray(this.#heard * channels, count * channels)).then(({ values, ms }) => ({ logits: values, ms, label: `${this.#stream.label}, one step a frame` }))
+        ? await this.#stream.step(data.subarray(this.#heard * channels, count * channels)).then(({ values, ms }) => ({ logits: values, states: this.#stream.states, ms, label: `${this.#stream.label}, one step a frame` }))
         : await this.#prefix(count);
       if (turn !== this.#turn) return false;
       if (argmax(belief.logits) < 0) throw new Error("the model's output is not finite");

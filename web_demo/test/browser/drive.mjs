@@ -68,20 +68,24 @@ const facts = async (page, log) => ({
   health: await page.textContent("#health"), options: await page.$$eval("#live-backend option", (all) => all.map((o) => o.textContent)),
 });
 
-async function listen(page) {
-  await page.click("#tab-listen");
+async function listen(page, model) {
+  if ((await page.$("#listen-model")) && (await page.inputValue("#listen-model")) !== model) {
+    await page.selectOption("#listen-model", model);
+    await page.waitForFunction(() => document.querySelector("#listen-utterance").options.length > 5);
+    await page.waitForTimeout(800);
+  }
   await page.selectOption("#panel-listen select[aria-label=Speed]", "3");
-  await page.selectOption("#panel-listen .field select >> nth=0", "5");
+  await page.selectOption("#listen-utterance", "5");
   await page.click("#panel-listen button.primary");
   await page.waitForTimeout(700);
-  await shot(page, "desktop-listen-playing");
+  await shot(page, `desktop-listen-${model}`);
   await page.waitForFunction(() => /^(Play again)$/.test(document.querySelector("#panel-listen button.primary").textContent), null, { timeout: 60_000 });
   const heard = await answer(page, "listen");
   // By keyboard: back by five frames on the slider.
   await page.focus("#panel-listen input[type=range]");
   for (let i = 0; i < 5; i++) await page.keyboard.press("ArrowLeft");
   await page.waitForTimeout(500);
-  return { ...heard, place: await page.textContent("#panel-listen .player output"), scrubbed: await answer(page, "listen"), chosen: await page.$eval("#panel-listen .field select", (s) => s.selectedOptions[0].textContent) };
+  return { ...heard, place: await page.textContent("#panel-listen .player output"), scrubbed: await answer(page, "listen"), mode: await page.textContent("#panel-listen .result .note") };
 }
 
 async function measured(page, kind, model, backend, settings = {}) {
@@ -122,11 +126,11 @@ const SCENARIOS = {
     await page.keyboard.press("ArrowRight");
     result.tabByKey = await page.evaluate(() => [document.activeElement.id, !document.getElementById("panel-listen").hidden]);
     await page.selectOption("#live-backend", "ort-wasm");
-    if (models.some((m) => m.includes("vowels"))) {
-      result.heard = await listen(page);
-      await shot(page, "desktop-listen");
-      result.violations.push(...await accessibility(page, "listen"));
-    }
+    await page.click("#tab-listen");
+    result.heard = {};
+    for (const model of models.filter((m) => m.includes("vowels"))) result.heard[model] = await listen(page, model);
+    await shot(page, "desktop-listen");
+    result.violations.push(...await accessibility(page, "listen"));
     await page.click("#tab-measure");
     result.results = [];
     for (const model of models) {
