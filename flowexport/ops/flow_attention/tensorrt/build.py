@@ -27,7 +27,7 @@ _HOST_FLAGS = (
     *("-Wno-unknown-pragmas", "-shared", "-fPIC", "-fvisibility=hidden"),
 )
 _NVCC_FLAGS = (
-    *("-std=c++17", "-O3", "-shared", "-cudart", "static"),
+    *("-std=c++17", "-O3", "-shared", "-cudart", "static", "--threads", "0"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
 )
 
