@@ -176,8 +176,12 @@ def test_the_command_refuses_corrupted_weights(
         return lowered(Subject(**{**vars(subject), "module": module}), attention=attention)
 
     monkeypatch.setattr(compare, "lowered", corrupted)
-    arguments: list[object] = ["bench", write_model(tmp_path), "--baseline", "published", "--json"]
-    refused(capsys, 4, "no ratio is given", "expected at most", arguments=arguments)
+    arguments = ["bench", str(write_model(tmp_path)), "--baseline", "published", "--json"]
+    assert run(arguments) == 4
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert set(document) == {"error"} and document["error"]["exit_code"] == 4
+    assert "no ratio is given" in captured.err and "Traceback" not in captured.err
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def _cell(verdict: SiteVerdict) -> str:
     if verdict.safe:
         return f"{verdict.error:.1e}"
     if verdict.lost:
-        text = f"{verdict.lost:.0%} lost"
+        text = f"{verdict.lost:.1%} lost"
     else:
         text = "not finite" if verdict.error == float("inf") else f"{verdict.error:.1e}"
     if verdict.overflow:
