@@ -215,7 +215,7 @@ export class Backends {
         return { model, requested: id, reason: reasons.join("; ") || null };
       } catch (error) {
         if (error.kind === "integrity") throw error;
-        reasons.push(`${backend(candidate).label}: ${error.message}`);
+        reasons.push(`${backend(candidate).label}: ${error.message.replace(/\.$/, "")}`);
       }
     }
     throw new Error(reasons.join("; "));
