@@ -73,6 +73,7 @@ def test_1024_steps_equal_one_forward(name: str, tmp_path: Path) -> None:
             assert relative(logits, truth[:, :length]) <= 1e-5
             with pytest.raises(InputError, match=r"x has shape 1x1024x3; expected"):
                 session.run({"x": x})
+    (tmp_path / "again").mkdir()
     again = target.convert(program, Options(), tmp_path / "again")
     assert again.sha256 == artifact.sha256
     assert [f.sha256 for f in again.functions.values()] == [
