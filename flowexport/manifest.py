@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import platform
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 
 from flowexport import __version__
 from flowexport.bundle import MANIFEST_SCHEMA
+from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import Availability, TensorSpec
 from flowexport.plan import Plan
 from flowexport.process import Conversion
@@ -64,7 +64,11 @@ def make_manifest(
             "architecture": platform.machine(),
             "python": platform.python_version(),
         },
-        "versions": {"flowexport": __version__, **_versions()},
+        "versions": {
+            "flowexport": __version__,
+            "python": sys.version.split()[0],
+            **installed_versions(*PACKAGES),
+        },
         "targets": {n: _target(plan, n, c, root) for n, c in conversions.items()},
         "not_run": {n: _not_run(a) for n, a in plan.not_run.items()},
         "bench": {
@@ -125,13 +129,3 @@ def _target(plan: Plan, name: str, conversion: Conversion, root: Path) -> dict[s
 
 def _not_run(availability: Availability) -> dict[str, Any]:
     return {"reason": availability.reason, "fix": availability.fix}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -31,9 +31,7 @@ class Agreement:
 
     @property
     def verdict(self) -> Verdict:
-        if self.problems:
-            return Verdict.FAIL
-        return Verdict.NOT_RUN if self.not_run or not self.cases else Verdict.PASS
+        return _verdict(self.problems, self.not_run, bool(self.cases))
 
     @property
     def reason(self) -> str | None:
@@ -106,9 +104,7 @@ class InputCheck:
 
     @property
     def verdict(self) -> Verdict:
-        if self.problems:
-            return Verdict.FAIL
-        return Verdict.NOT_RUN if self.not_run or not self.compared else Verdict.PASS
+        return _verdict(self.problems, self.not_run, bool(self.compared))
 
     @property
     def reason(self) -> str | None:
@@ -211,6 +207,13 @@ class Row:
             "facts": dict(self.facts),
             "errors": [dict(e) for e in self.errors],
         }
+
+
+def _verdict(problems: Sequence[str], not_run: str | None, compared: bool) -> Verdict:
+    """FAIL with any problem; NOT_RUN where nothing was compared; else PASS."""
+    if problems:
+        return Verdict.FAIL
+    return Verdict.NOT_RUN if not_run or not compared else Verdict.PASS
 
 
 def _shorten(problems: Sequence[str]) -> str | None:

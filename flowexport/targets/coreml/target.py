@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_tree, size_tree
+from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
     FORWARD,
     Artifact,
@@ -49,7 +49,7 @@ class CoreMLTarget:
         return Availability(
             converts=True,
             runs=True,
-            toolchain=_versions("coremltools", "torch"),
+            toolchain=installed_versions("coremltools", "torch"),
             reason=None if native else INTERPRETED,
             fix=None if native else "run `flowexport verify BUNDLE --target coreml` on a Mac",
         )
@@ -100,7 +100,7 @@ class CoreMLTarget:
         else:
             to_package(plain, options.precision, system, path)
         form = "+".join(sorted({c.form for c in choices})) or "none"
-        toolchain = _versions("coremltools", "torch")
+        toolchain = installed_versions("coremltools", "torch")
         spec = package.read_spec(path)
         self._check(spec, static)
         for name, function in functions.items():
@@ -231,16 +231,6 @@ def _describe(spec: Any, short: str, entries: dict[str, Any]) -> None:
     for key, value in entries.items():
         text = json.dumps(value, sort_keys=True)
         spec.description.metadata.userDefined[package.PREFIX + key] = text
-
-
-def _versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _listed(specs: Sequence[TensorSpec]) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowexport.core.errors import ConversionError, UnavailableError
 from flowexport.core.hashing import sha256_file
+from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
     Artifact,
     Availability,
@@ -48,7 +48,7 @@ class OnnxTarget:
         return Availability(
             converts=not set(missing) & set(NEEDED),
             runs=RUNTIME not in missing,
-            toolchain=_versions((*NEEDED, RUNTIME)),
+            toolchain=installed_versions(*NEEDED, RUNTIME),
             reason=f"not installed: {', '.join(missing)}" if missing else None,
             fix="pip install flowexport" if missing else None,
         )
@@ -104,7 +104,7 @@ class OnnxTarget:
             inputs=program.inputs,
             outputs=program.outputs,
             fusions={**dict.fromkeys((s.op for s in sites), 0), **fusions(model)},
-            toolchain=_versions(("torch", *NEEDED)),
+            toolchain=installed_versions("torch", *NEEDED),
             options=dict(options.extra),
             details={
                 "opset": settings.opset,
@@ -164,16 +164,6 @@ def form_summary(forms: Sequence[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{name} x{n}" for name, n in sorted(counts.items())) or "no attention"
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 TARGET = OnnxTarget()

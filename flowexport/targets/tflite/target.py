@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
+from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
     FORWARD,
     Artifact,
@@ -63,7 +63,7 @@ class TFLiteTarget:
         return Availability(
             converts=not missing and runs,
             runs=runs,
-            toolchain=_versions(*_CONVERTERS, *_RUNTIME, "torch"),
+            toolchain=installed_versions(*_CONVERTERS, *_RUNTIME, "torch"),
             reason=reason,
             fix=_INSTALL if reason else None,
         )
@@ -113,7 +113,7 @@ class TFLiteTarget:
         path.write_bytes(content)
         del content
         form = "+".join(sorted({c.form for c in choices})) or "none"
-        toolchain = _versions(*_CONVERTERS, *_RUNTIME, "torch")
+        toolchain = installed_versions(*_CONVERTERS, *_RUNTIME, "torch")
         if options.precision is Precision.FP32:
             del toolchain["ai-edge-quantizer"]
         header = {
@@ -264,16 +264,6 @@ class TFLiteTarget:
         found = self.probe()
         if not found.runs:
             raise UnavailableError(f"load tflite {model}: {found.reason}.", fix=found.fix)
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _fusions(operators: dict[str, int], names: Sequence[str]) -> dict[str, int]:
