@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowexport.bundle import Bundle, Staging, output_errors
+from flowexport.calibration import write_samples
 from flowexport.core.errors import ConversionError, InputError, UnknownNameError
 from flowexport.core.reports import LatencyReport, ParityReport, verdict_of
-from flowexport.core.types import Precision, TensorSpec, Verdict
+from flowexport.core.types import Precision, TensorSpec, Verdict, float_precision
 from flowexport.evidence import (
     NOT_VERIFIED,
     bench_all,
@@ -33,7 +34,7 @@ from flowexport.plan import Plan, make_plan
 from flowexport.process import Conversion, convert_in_child
 from flowexport.progress import SILENT, Progress
 from flowexport.recipes import Recipe
-from flowexport.registry import OPS
+from flowexport.registry import OPS, TARGETS
 
 if TYPE_CHECKING:
     from flowexport.lowering import LoweredProgram
@@ -85,6 +86,8 @@ def convert(
     verify: bool = True,
     bench: bool = True,
     check: bool = True,
+    calibration: str | Path | None = None,
+    max_accuracy_drop: float | None = None,
     require: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = SILENT,
@@ -94,12 +97,15 @@ def convert(
     Args:
         source: a recipe's name or path, a model's name, ``path/to/file.py:factory``, or a Recipe.
         targets: only these; one that is not available here is an error.
-        precision: ``fp32`` or ``fp16`` for every target, instead of the recipe's.
+        precision: :class:`~flowexport.core.types.Precision` for every target, instead of the
+            recipe's.
         weights: checkpoint, instead of the recipe's.
         inputs: shapes, instead of the recipe's; a factory needs them.
         out: the bundle's folder, ``out/<recipe>`` where None.
         force: replace an older bundle there.
         check: refuse fp16 where no form of an attention survives it.
+        calibration: samples for int8-static: a data set's name or a ``.npz`` file.
+        max_accuracy_drop: points (0..100) of accuracy that may be lost on the evaluation set.
         require: targets that must convert, and run, here.
         threads: of the runtimes that are verified and measured.
 
@@ -122,6 +128,8 @@ def convert(
         threads=threads,
         require=require,
         check=check,
+        calibration=calibration,
+        max_accuracy_drop=max_accuracy_drop,
     )
     return run_plan(
         plan, force=force, verify=verify, bench=bench, require=require, progress=progress
@@ -241,7 +249,9 @@ def _lower(plan: Plan, work: Path, progress: Progress) -> dict[Precision, Lowere
 
     subject, spec = plan.subject, plan.subject.spec
     programs = {}
-    wanted = list(dict.fromkeys(o.precision for o in plan.options.values()))
+    wanted = list(
+        dict.fromkeys(float_precision(TARGETS.get(n), o.precision) for n, o in plan.options.items())
+    )
     progress.stage("lower")
     for done, precision in enumerate(wanted):
         progress.step(done, len(wanted), precision.value)
@@ -311,13 +321,18 @@ def _convert_all(
     progress: Progress,
 ) -> dict[str, Conversion]:
     conversions = {}
+    samples = None
+    if plan.subject.calibration is not None:
+        samples = work / "calibration.safetensors"
+        write_samples(plan.subject.calibration, samples)
     for name, options in plan.options.items():
         progress.stage(f"convert {name} {options.precision.value}")
+        computed = float_precision(TARGETS.get(name), options.precision)
         conversions[name] = convert_in_child(
             target=name,
-            model=programs[options.precision].model,
-            program=work / f"program-{options.precision.value}.pt2",
-            options=options,
+            model=programs[computed].model,
+            program=work / f"program-{computed.value}.pt2",
+            options=replace(options, calibration=samples),
             root=root,
             log=root / "logs" / f"{name}.log",
             tick=lambda seconds: progress.step(seconds, None),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowexport.bundle import Staging
+from flowexport.calibration import require_calibration
 from flowexport.core.errors import (
     FlowExportError,
     InputError,
@@ -15,14 +16,14 @@ from flowexport.core.errors import (
     UnavailableError,
     UnknownNameError,
 )
-from flowexport.core.types import Availability, Options, Precision, TensorSpec
+from flowexport.core.types import Availability, Options, Precision, TensorSpec, float_precision
 from flowexport.rangecheck import (
     COMPUTES_WIDE,
     TargetCheck,
     calibrate_subject,
     check_target,
 )
-from flowexport.recipes import Recipe, Weights
+from flowexport.recipes import Calibration, Recipe, Weights
 from flowexport.registry import TARGETS
 from flowexport.resolve import Subject, find_recipe, resolve
 
@@ -57,12 +58,14 @@ class Plan:
             "inputs": [s.to_json() for s in spec.inputs],
             "outputs": list(spec.output_names),
             "dataset": self.subject.dataset and self.subject.dataset.name,
+            "calibration": self.subject.calibration and self.subject.calibration.name,
             "streaming": None if lengths is None else {"lengths": list(lengths)},
             "out": str(self.out),
             "targets": {
                 name: {
                     "precision": o.precision.value,
                     "options": dict(o.extra),
+                    "keep_float": list(o.keep_float),
                     "tolerance": dict(self.recipe.tolerance(name, o.precision)),
                     "range_check": self.checks[name].action if name in self.checks else None,
                 }
@@ -84,6 +87,8 @@ def make_plan(
     threads: int | None = None,
     require: Sequence[str] = (),
     check: bool = True,
+    calibration: str | Path | None = None,
+    max_accuracy_drop: float | None = None,
 ) -> Plan:
     """Settle what will be converted, and build the model; see :func:`flowexport.convert`.
 
@@ -100,7 +105,9 @@ def make_plan(
         raise UnknownNameError("precision", str(precision), [p.value for p in Precision])
     if threads is not None and threads < 1:
         raise InputError(f"threads: has {threads}; expected 1 or more.")
-    recipe = override(find_recipe(source), precision, weights, inputs)
+    recipe = override(
+        find_recipe(source), precision, weights, inputs, calibration, max_accuracy_drop
+    )
     # --target asks for the named ones; --require adds to what the recipe has.
     chosen = list(dict.fromkeys([*(targets or recipe.targets or TARGETS.names()), *require]))
     options: dict[str, Options] = {}
@@ -125,7 +132,13 @@ def make_plan(
         )
     place = (Path(out) if out is not None else Path("out") / recipe.name).absolute()
     Staging(place, force=force).check()
-    subject = resolve(recipe)
+    subject = resolve(recipe, calibrated=require_calibration(recipe, list(options)))
+    if max_accuracy_drop is not None and subject.dataset is None:
+        raise InputError(
+            f"convert {recipe.name}: max-accuracy-drop is {max_accuracy_drop:g} points and the"
+            " recipe has no evaluation set; expected one, on which the accuracy is counted.",
+            fix="`evaluation: {dataset: NAME}` in the recipe, or leave --max-accuracy-drop out",
+        )
     if subject.lengths is not None:
         named = {*targets, *require, *(recipe.targets or ())}
         _check_streaming(recipe, options, not_run, named)
@@ -147,17 +160,21 @@ def make_plan(
 
 
 def _check_ranges(subject: Subject, options: Mapping[str, Options]) -> dict[str, TargetCheck]:
-    """Check the attentions for each target that computes in half."""
+    """Check the attentions for each target that computes them in half.
+
+    Quantised precisions leave them in floating point: what that is decides.
+    """
+    computed = {n: float_precision(TARGETS.get(n), o.precision) for n, o in options.items()}
     half = {
         name: o
         for name, o in options.items()
-        if o.precision is Precision.FP16 and name not in COMPUTES_WIDE
+        if computed[name] is Precision.FP16 and name not in COMPUTES_WIDE
     }
     if not half:
         return {}
     calls, _ = calibrate_subject(subject)
     return {
-        name: check_target(name, o.precision.value, calls, pinned=o.extra.get("form"))
+        name: check_target(name, computed[name].value, calls, pinned=o.extra.get("form"))
         for name, o in half.items()
     }
 
@@ -167,12 +184,32 @@ def override(
     precision: str | Precision | None = None,
     weights: str | Path | None = None,
     inputs: Sequence[TensorSpec] = (),
+    calibration: str | Path | None = None,
+    max_accuracy_drop: float | None = None,
 ) -> Recipe:
     """Return a recipe with what the command line says instead of it.
 
+    Args:
+        calibration: a data set's name, or a ``.npz`` file.
+        max_accuracy_drop: points (0..100).
+
     Raises:
-        InputError: an input is given twice.
+        InputError: an input is given twice, or the drop is out of its range.
     """
+    if calibration is not None:
+        file = str(calibration).endswith(".npz")
+        recipe = replace(
+            recipe,
+            calibration=Calibration(file=Path(calibration).absolute())
+            if file
+            else Calibration(dataset=str(calibration)),
+        )
+    if max_accuracy_drop is not None:
+        if not 0 <= max_accuracy_drop <= 100:
+            raise InputError(
+                f"max-accuracy-drop: has {max_accuracy_drop:g}; expected points in [0, 100]."
+            )
+        recipe = replace(recipe, max_accuracy_drop=max_accuracy_drop)
     if precision is not None:
         recipe = recipe.with_precision(Precision(precision))
     if weights is not None:
@@ -233,7 +270,7 @@ def _check_target(recipe: Recipe, name: str) -> Availability:
         raise InputError(
             f"{where}: target {name} has precision {options.precision.value};"
             f" expected one of: {supported}.",
-            fix=f"--precision {target.precisions[0].value}",
+            fix=_precision_fix(recipe, name, options.precision),
         )
     try:
         target.validate(options)
@@ -241,3 +278,11 @@ def _check_target(recipe: Recipe, name: str) -> Availability:
         raise RecipeError(f"{where}: {error.message}", fix=error.fix) from error
     recipe.tolerance(name, options.precision)
     return target.probe()
+
+
+def _precision_fix(recipe: Recipe, name: str, precision: Precision) -> str:
+    """Say which targets have a precision, and what this one could take."""
+    able = [n for n, t in TARGETS.working().items() if precision in t.precisions]
+    others = " ".join(f"--target {n}" for n in able)
+    own = TARGETS.get(name).precisions[0].value
+    return f"{others} for {precision.value}, or --precision {own}" if able else f"--precision {own}"

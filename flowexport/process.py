@@ -70,6 +70,8 @@ def convert_in_child(
             "program": str(program),
             "precision": options.precision.value,
             "extra": dict(options.extra),
+            "keep_float": list(options.keep_float),
+            "calibration": None if options.calibration is None else str(options.calibration),
             "out": str(root / target),
             "root": str(root),
         },

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowexport.buckets import Buckets, bucket_inputs, pad_dataset
 from flowexport.core.errors import (
     CheckpointError,
     FlowExportError,
@@ -36,7 +37,10 @@ class Subject:
         spec: the model's description, with the recipe's overrides applied.
         module: in eval mode, float32.
         weights_sha256: hash over the names, dtypes, shapes and values of the state dict.
+        calibration: samples that int8-static's ranges are measured on, None where none are asked.
         lengths: more lengths of forward where the model is exported with its step, else None.
+        buckets: the inputs by length where the model is exported at several, else None;
+            ``spec`` has those of the longest.
         recipe_document: all that decides the artifacts, and ``recipe_sha256`` its hash.
     """
 
@@ -48,6 +52,8 @@ class Subject:
     recipe_document: Mapping[str, Any]
     recipe_sha256: str
     lengths: tuple[int, ...] | None = None
+    buckets: Buckets | None = None
+    calibration: Dataset | None = None
 
     @property
     def parameters(self) -> int:
@@ -86,8 +92,11 @@ def find_recipe(source: str | Path | Recipe) -> Recipe:
     raise UnknownNameError("recipe or model", text, {*shipped, *MODELS.names()})
 
 
-def resolve(recipe: Recipe) -> Subject:
+def resolve(recipe: Recipe, *, calibrated: bool = False) -> Subject:
     """Build the model, load its weights and its evaluation set.
+
+    Args:
+        calibrated: load the recipe's calibration samples too.
 
     Raises:
         UnknownNameError: the model, family or data set is not registered.
@@ -95,6 +104,8 @@ def resolve(recipe: Recipe) -> Subject:
         CheckpointError: the weights are missing, unreadable, unsafe or another model's.
     """
     import torch
+
+    from flowexport.calibration import load_calibration, samples_sha256
 
     seed = recipe.weights.seed if recipe.weights else None
     torch.manual_seed(seed or 0)
@@ -106,21 +117,32 @@ def resolve(recipe: Recipe) -> Subject:
 
         load_weights(module, path)
     module = module.float().eval()
-    if recipe.model.file is not None or recipe.inputs is not None:
+    buckets = bucket_inputs(recipe, spec)
+    for inputs in (buckets or {}).values():  # the longest comes last
+        spec = _try_forward(module, replace(spec, inputs=tuple(inputs)), recipe)
+    if buckets is None and (recipe.model.file is not None or recipe.inputs is not None):
         spec = _try_forward(module, spec, recipe)
     lengths = _lengths(recipe, spec, module)
     weights_sha256 = state_sha256(module)
     file = recipe.model.file
-    document = recipe.to_json(weights_sha256, sha256_file(file) if file else None)
+    dataset = _dataset(recipe, spec)
+    calibration = load_calibration(recipe, spec.inputs, dataset) if calibrated else None
+    document = recipe.to_json(
+        weights_sha256,
+        sha256_file(file) if file else None,
+        samples_sha256(calibration) if calibration else None,
+    )
     return Subject(
         recipe=recipe,
         spec=spec,
         module=module,
-        dataset=_dataset(recipe, spec),
+        dataset=dataset,
         weights_sha256=weights_sha256,
         recipe_document=document,
         recipe_sha256=hash_json(document),
         lengths=lengths,
+        buckets=buckets,
+        calibration=calibration,
     )
 
 
@@ -241,10 +263,11 @@ def _try_forward(module: nn.Module, spec: ModelSpec, recipe: Recipe) -> ModelSpe
             results = module(*tensors)
     except Exception as error:
         shapes = ", ".join(f"{s.name} {'x'.join(map(str, s.shape))}" for s in spec.inputs)
+        where = recipe.where("buckets") if recipe.buckets else f"model {recipe.model}"
         raise InputError(
-            f"model {recipe.model}: forward refuses the input {shapes}: {_said(error, None)};"
+            f"{where}: forward refuses the input {shapes}: {_said(error, None)};"
             " expected shapes that the model takes.",
-            fix="mend --input or the recipe's `inputs`",
+            fix=f"mend --input or the recipe's `{'buckets' if recipe.buckets else 'inputs'}`",
         ) from error
     if isinstance(results, torch.Tensor):
         results = (results,)
@@ -292,6 +315,8 @@ def _dataset(recipe: Recipe, spec: ModelSpec) -> Dataset | None:
     if spec.dataset is None:
         return None
     dataset = DATASETS.get(spec.dataset, where=recipe.where("evaluation", "dataset"))()
+    if recipe.buckets:
+        dataset = pad_dataset(recipe, dataset, spec)
     if recipe.limit is None or recipe.limit >= len(dataset):
         return dataset
     return replace(
@@ -306,6 +331,8 @@ def _dataset(recipe: Recipe, spec: ModelSpec) -> Dataset | None:
 def _said(error: Exception, file: Path | None) -> str:
     """Return an exception in one line, with the line of the user's file it came from."""
     lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, FlowExportError):
+        return error.message.rstrip(".")
     text = f"{type(error).__name__}: {lines[0].rstrip('.')}"
     if isinstance(error, SyntaxError):
         return f"{text} (line {error.lineno})"

@@ -63,7 +63,13 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
 
     target = TARGETS.get(request["target"])
     program = LoweredProgram.load(Path(request["program"]), list(OPS.working().values()))
-    options = Options(Precision(request["precision"]), request["extra"])
+    samples = request["calibration"]
+    options = Options(
+        Precision(request["precision"]),
+        request["extra"],
+        tuple(request["keep_float"]),
+        None if samples is None else Path(samples),
+    )
     out = Path(request["out"])
     out.mkdir(parents=True, exist_ok=True)
     artifact = target.convert(program, options, out)

@@ -24,7 +24,12 @@ def convert(
     source: options.Source,
     target: options.Targets = [],  # noqa: B006
     precision: Annotated[
-        str | None, typer.Option(metavar="fp32|fp16", help="Of every target [recipe's].")
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="Of every target [recipe's]: fp32, fp16, int8-dynamic, int8-static, int8-weights,"
+            " palette8, palette6 or palette4.",
+        ),
     ] = None,
     weights: options.WeightsFile = None,
     inputs: options.Inputs = [],  # noqa: B006
@@ -37,6 +42,18 @@ def convert(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Convert fp16 that `flowexport check` calls unsafe.")
     ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SET|FILE.npz", help="Samples for int8-static: a data set, or arrays."
+        ),
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS", help="FAIL where the evaluation set's accuracy drops by more."
+        ),
+    ] = None,
     require: options.Require = [],  # noqa: B006
     threads: options.Threads = None,
     dry_run: Annotated[
@@ -63,6 +80,8 @@ def convert(
             threads=threads,
             require=require,
             check=not no_check,
+            calibration=calibration,
+            max_accuracy_drop=max_accuracy_drop,
         )
         for name, found in plan.checks.items():
             progress.note(f"{name}: {found.action}")

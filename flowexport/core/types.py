@@ -19,10 +19,31 @@ Dim = int | str
 
 
 class Precision(StrEnum):
-    """Storage precision of an artifact's weights and activations."""
+    """Storage precision of an artifact's weights and activations.
+
+    The quantised ones store the weights of linear and convolution layers in
+    few bits; attention cores, normalisations and the layers that are kept stay
+    in floating point (:func:`float_precision`).
+
+    ``int8-dynamic``: activations rounded to 8 bits with a range taken at run time;
+    ``int8-static``: with ranges calibrated on samples;
+    ``int8-weights``: weights alone;
+    ``palette8``, ``palette6``, ``palette4``: weights alone, as indices of 2^bits values.
+    """
 
     FP32 = "fp32"
     FP16 = "fp16"
+    INT8_DYNAMIC = "int8-dynamic"
+    INT8_STATIC = "int8-static"
+    INT8_WEIGHTS = "int8-weights"
+    PALETTE8 = "palette8"
+    PALETTE6 = "palette6"
+    PALETTE4 = "palette4"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether some layers are stored as integers or indices."""
+        return self not in (Precision.FP32, Precision.FP16)
 
 
 class Verdict(StrEnum):
@@ -91,10 +112,19 @@ class Availability:
 
 @dataclass(frozen=True)
 class Options:
-    """What a recipe asks of one target; ``extra`` holds the target's own settings."""
+    """What a recipe asks of one target; ``extra`` holds the target's own settings.
+
+    Attributes:
+        keep_float: module paths or globs (``encoder.layers.0.*``) of layers that a
+            quantised precision leaves in floating point.
+        calibration: ``.safetensors`` of the samples for INT8_STATIC, one array an
+            input, samples first; the pipeline sets it.
+    """
 
     precision: Precision = Precision.FP32
     extra: Mapping[str, Any] = field(default_factory=dict)
+    keep_float: tuple[str, ...] = ()
+    calibration: Path | None = None
 
 
 FORWARD, STEP = "forward", "step"
@@ -294,7 +324,8 @@ class Target(Protocol):
 
     ``program`` is a :class:`flowexport.lowering.LoweredProgram`; it is not
     named here because the core imports nothing of ours. A target whose files
-    carry a causal model's ``step`` has ``streams = True``.
+    carry a causal model's ``step`` has ``streams = True``; one whose quantised
+    files compute in half where they do not in integers, ``float_parts = Precision.FP16``.
     """
 
     name: str
@@ -323,6 +354,18 @@ class Target(Protocol):
     def inspect(self, path: Path) -> dict[str, Any]:
         """Read a finished file: ``{"inputs", "outputs", "operators", "fusions"}``."""
         ...
+
+
+def float_precision(target: Target, precision: Precision) -> Precision:
+    """Return what a target's artifact computes in outside its quantised layers.
+
+    It decides the precision that the program is lowered in and what the range
+    check has to prove.
+    """
+    if not precision.quantised:
+        return precision
+    chosen: Precision = getattr(target, "float_parts", Precision.FP32)
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Recipes: what to export and what each artifact is held to, checked against a schema."""
 
 from flowexport.recipes.recipe import (
-    DEFAULT_TOLERANCES,
     Bench,
+    Calibration,
     ModelRef,
     Recipe,
     Weights,
@@ -12,10 +12,12 @@ from flowexport.recipes.recipe import (
     parse_shape,
 )
 from flowexport.recipes.schema import recipe_schema
+from flowexport.recipes.tolerances import DEFAULT_TOLERANCES
 
 __all__ = [
     "DEFAULT_TOLERANCES",
     "Bench",
+    "Calibration",
     "ModelRef",
     "Recipe",
     "Weights",

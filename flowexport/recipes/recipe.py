@@ -7,35 +7,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from flowexport.core.errors import InputError, RecipeError, UnknownNameError
 from flowexport.core.types import Dim, Options, Precision, TensorSpec
 from flowexport.recipes.lines import Keys, Located, load_yaml
 from flowexport.recipes.schema import check_document
+from flowexport.recipes.tolerances import DEFAULT_TOLERANCES
 
 SCHEMA = "flowexport.recipe/1"
-
-DEFAULT_TOLERANCES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "fp32": {
-            "max_rel": 1e-4,
-            "min_cosine": 0.99999,
-            "min_top1_agreement": 1.0,
-            "reason": "default: fp32 rounding (6e-8) grown through some tens of layers, "
-            "with another order of summation on each runtime",
-        },
-        "fp16": {
-            "max_rel": 5e-2,
-            "min_cosine": 0.999,
-            "min_top1_agreement": 0.98,
-            "reason": "default: fp16 rounding (5e-4) grown through some tens of layers; "
-            "a top-1 may flip only where two logits are as close as that",
-        },
-    }
-)
 
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint8", "bool")
 
@@ -76,6 +58,24 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Samples that int8-static's ranges are measured on: a registered set's, or a file's.
+
+    Attributes:
+        dataset: a registered data set's name, or None.
+        file: ``.npz`` with one array an input, samples first, and ``targets``, or None.
+        samples: as many, spread over the classes.
+    """
+
+    dataset: str | None = None
+    file: Path | None = None
+    samples: int = 128
+
+    def __str__(self) -> str:
+        return self.dataset or str(self.file)
+
+
+@dataclass(frozen=True)
 class Bench:
     """How long latency is measured, and with how many threads."""
 
@@ -93,7 +93,11 @@ class Recipe:
         inputs: overrides of the model's own input specs, or None.
         streaming: more lengths of a causal model's forward where its step is asked for;
             False where it is refused, None where the model decides.
+        buckets: the static lengths of one named dimension, by its name; or None.
         targets: options by target name; None stands for every registered target.
+        calibration: samples for int8-static.
+        keep_float: layers that quantised precisions leave in floating point, on every target.
+        max_accuracy_drop: points (0..100), instead of every tolerance's own.
         tolerances: limits with their reason, by precision.
         target_tolerances: limits of one target alone, by target.
         fusions: fused operators that a finished file must contain, by target.
@@ -109,10 +113,14 @@ class Recipe:
     labels: tuple[str, ...] | None = None
     preprocessing: Mapping[str, Any] | None = None
     streaming: tuple[int, ...] | bool | None = None
+    buckets: Mapping[str, tuple[int, ...]] | None = None
     targets: Mapping[str, Options] | None = None
     precision: Precision = Precision.FP32
     dataset: str | None = None
     limit: int | None = None
+    calibration: Calibration | None = None
+    keep_float: tuple[str, ...] = ()
+    max_accuracy_drop: float | None = None
     tolerances: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: DEFAULT_TOLERANCES)
     target_tolerances: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fusions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -126,17 +134,28 @@ class Recipe:
 
     def options(self, target: str) -> Options:
         """Return what the recipe asks of one target."""
-        return (self.targets or {}).get(target) or Options(self.precision)
+        options = (self.targets or {}).get(target) or Options(self.precision)
+        return replace(options, keep_float=(*self.keep_float, *options.keep_float))
 
     def tolerance(self, target: str, precision: Precision) -> Mapping[str, Any]:
         """Return the limits that hold for one artifact.
 
+        A quantised precision without limits of its own gets the default ones.
+
         Raises:
             RecipeError: the recipe has none for this precision.
         """
+        limits = self._limits(target, precision)
+        if self.max_accuracy_drop is None:
+            return limits
+        return {**limits, "max_accuracy_drop": self.max_accuracy_drop}
+
+    def _limits(self, target: str, precision: Precision) -> Mapping[str, Any]:
         own = self.target_tolerances.get(target)
         if own is not None:
             return own
+        if precision.value not in self.tolerances and precision.quantised:
+            return DEFAULT_TOLERANCES[precision.value]
         if precision.value not in self.tolerances:
             raise RecipeError(
                 f"{self.where('tolerances')}: tolerances has {sorted(self.tolerances)};"
@@ -160,12 +179,30 @@ class Recipe:
         lengths = list(self.streaming) if isinstance(self.streaming, tuple) else []
         return {"streaming": {"lengths": lengths} if asked else False}
 
-    def to_json(self, weights_sha256: str | None, file_sha256: str | None) -> dict[str, Any]:
+    def _quantisation_json(self, calibration_sha256: str | None) -> dict[str, Any]:
+        """Return the keys that the recipe has and its precisions use."""
+        data: dict[str, Any] = {}
+        if calibration_sha256 is not None and self.calibration is not None:
+            samples = self.calibration.samples
+            data["calibration"] = {"sha256": calibration_sha256, "samples": samples}
+        if self.keep_float:
+            data["keep_float"] = list(self.keep_float)
+        if self.max_accuracy_drop is not None:
+            data["max_accuracy_drop"] = self.max_accuracy_drop
+        return data
+
+    def to_json(
+        self,
+        weights_sha256: str | None,
+        file_sha256: str | None,
+        calibration_sha256: str | None = None,
+    ) -> dict[str, Any]:
         """Return all that decides the artifacts, free of this machine's paths.
 
         Args:
             weights_sha256: hash of the weights' file, None for random ones.
             file_sha256: hash of a bring-your-own model's file.
+            calibration_sha256: hash of the calibration samples, None where none are used.
         """
         model: dict[str, Any] = {}
         if self.model.file is not None:
@@ -186,9 +223,15 @@ class Recipe:
             "preprocessing": self.preprocessing and dict(self.preprocessing),
             "precision": self.precision.value,
             **self._streaming_json(),
+            **({"buckets": {k: list(v) for k, v in self.buckets.items()}} if self.buckets else {}),
+            **self._quantisation_json(calibration_sha256),
             "targets": self.targets
             and {
-                name: {"precision": options.precision.value, **options.extra}
+                name: {
+                    "precision": options.precision.value,
+                    **({"keep_float": list(options.keep_float)} if options.keep_float else {}),
+                    **options.extra,
+                }
                 for name, options in self.targets.items()
             },
             "evaluation": self.dataset and {"dataset": self.dataset, "limit": self.limit},
@@ -203,6 +246,10 @@ def _streaming(data: Any) -> tuple[int, ...] | bool | None:
     if isinstance(data, dict):
         return tuple(data["lengths"])
     return () if data is True else data
+
+
+def _buckets(data: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]] | None:
+    return None if data is None else {name: tuple(lengths) for name, lengths in data.items()}
 
 
 def hash_json(document: Mapping[str, Any]) -> str:
@@ -223,6 +270,7 @@ def load_recipe(path: Path, known_targets: Iterable[str]) -> Recipe:
     data = located.value
     base = path.absolute().parent
     _check_accuracy_limits(located)
+    _check_lengths(located)
     known = sorted(known_targets)
     for key in ("targets", "fusions"):
         for name in data.get(key) or {}:
@@ -241,10 +289,13 @@ def load_recipe(path: Path, known_targets: Iterable[str]) -> Recipe:
         labels=tuple(data["labels"]) if "labels" in data else None,
         preprocessing=data.get("preprocessing"),
         streaming=_streaming(data.get("streaming")),
+        buckets=_buckets(data.get("buckets")),
         targets=targets and {n: _options(t or {}, precision) for n, t in targets.items()},
         precision=precision,
         dataset=evaluation.get("dataset"),
         limit=evaluation.get("limit"),
+        calibration=Calibration(**data["calibration"]) if "calibration" in data else None,
+        keep_float=tuple(data.get("keep_float") or ()),
         tolerances=data.get("tolerances") or DEFAULT_TOLERANCES,
         target_tolerances={
             n: t["tolerance"] for n, t in (targets or {}).items() if t and "tolerance" in t
@@ -314,6 +365,23 @@ def _check_accuracy_limits(located: Located) -> None:
                 )
 
 
+def _check_lengths(located: Located) -> None:
+    """Refuse lengths, of streaming or of buckets, that do not increase."""
+    data = located.value
+    lists = [(("buckets", name), lengths) for name, lengths in (data.get("buckets") or {}).items()]
+    if isinstance(data.get("streaming"), dict):
+        lists.append((("streaming", "lengths"), data["streaming"]["lengths"]))
+    for path, lengths in lists:
+        for before, length in pairwise(lengths):
+            if length <= before:
+                wrong = "is there twice" if length == before else f"follows {before}"
+                raise RecipeError(
+                    f"{located.where(path)}: {'.'.join(path)} is {lengths}: {length} {wrong};"
+                    " expected increasing lengths.",
+                    fix=f"{path[-1]}: {sorted(set(lengths))}",
+                )
+
+
 def _model(data: Any, base: Path, located: Located) -> ModelRef:
     if isinstance(data, str):
         try:
@@ -347,5 +415,6 @@ def _inputs(data: Mapping[str, str] | None, located: Located) -> tuple[TensorSpe
 
 
 def _options(data: Mapping[str, Any], default: Precision) -> Options:
-    extra = {k: v for k, v in data.items() if k not in ("precision", "tolerance")}
-    return Options(Precision(data.get("precision", default)), extra)
+    extra = {k: v for k, v in data.items() if k not in ("precision", "tolerance", "keep_float")}
+    precision = Precision(data.get("precision", default))
+    return Options(precision, extra, tuple(data.get("keep_float") or ()))

@@ -81,6 +81,8 @@ def _explain(error: Any, path: Keys) -> list[tuple[Keys, str, str | None]]:
         return [(path, f"{name} is {_short(value)}; expected {listed}.", None)]
     if rule == "minProperties":
         return [(path, f"{name} is empty; expected at least one entry.", None)]
+    if rule == "maxProperties":
+        return [(path, f"{name} has {len(value)} entries; expected at most {wanted}.", None)]
     limits = {
         "minimum": "at least",
         "maximum": "at most",
