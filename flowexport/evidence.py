@@ -75,8 +75,16 @@ def verify_all(
     root: Path,
     threads: int,
     progress: Progress,
+    *,
+    check_hash: bool = True,
 ) -> dict[str, ParityReport]:
+    """Verify artifacts one by one.
+
+    Args:
+        check_hash: False in this project's own test of damaged files alone; no command has it.
+    """
     from flowexport import parity
+    from flowexport.parity.identity import Identity
 
     golden, evaluation = references(root, manifest)
     stream = saved_stream(root, manifest)
@@ -95,7 +103,9 @@ def verify_all(
             golden,
             evaluation,
             Tolerance.from_json(entry["tolerance"]),
+            check_hash=check_hash,
             require_fusions=entry["required_fusions"],
+            identity=Identity.of(artifact, manifest),
             stream=stream if artifact.functions else None,
             threads=threads,
             progress=lambda what, done, total: progress.step(done, total, what),

@@ -58,6 +58,7 @@ class ParityReport:
         reference: what the outputs were compared with, in words.
         runtime: ``RuntimeInfo`` as JSON, with ``label``; None where nothing ran.
         required_fusions, fusions: asked for by the recipe; found in the finished file.
+        mismatches: where the file's own description (model, labels ...) is not the manifest's.
         fix: the command that mends a NOT_RUN.
         failure: what stopped the check (a runtime's exception), or None.
         stream: what the steps of a causal artifact gave; None elsewhere.
@@ -74,6 +75,7 @@ class ParityReport:
     runtime: Mapping[str, Any] | None = None
     required_fusions: Mapping[str, int] = field(default_factory=dict)
     fusions: Mapping[str, int] = field(default_factory=dict)
+    mismatches: tuple[str, ...] = ()
     hash_checked: bool = True
     not_run: str | None = None
     fix: str | None = None
@@ -97,6 +99,7 @@ class ParityReport:
             have = self.fusions.get(name, 0)
             if have != count:
                 found.append(f"the file holds {have} {name}; expected {count}")
+        found += self.mismatches
         if found and not self.cases:
             return tuple(found)
         found += self._coverage()
@@ -215,6 +218,7 @@ class ParityReport:
             "evaluation": None if self.accuracy is None else self.accuracy.to_json(self.tolerance),
             "required_fusions": dict(self.required_fusions),
             "fusions": dict(self.fusions),
+            "mismatches": list(self.mismatches),
             "not_run": self.not_run,
             "failure": self.failure,
             "stream": None if self.stream is None else self.stream.to_json(),
@@ -235,6 +239,7 @@ class ParityReport:
             runtime=data["runtime_info"],
             required_fusions=data["required_fusions"],
             fusions=data["fusions"],
+            mismatches=tuple(data.get("mismatches") or ()),
             hash_checked=data["hash_checked"],
             not_run=data["not_run"],
             fix=data["fix"],

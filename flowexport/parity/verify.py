@@ -19,6 +19,7 @@ from flowexport.core.reports import (
 )
 from flowexport.core.types import Artifact, Session, Target
 from flowexport.parity.batching import run_batched
+from flowexport.parity.identity import Identity, file_labels
 from flowexport.parity.metrics import compare
 from flowexport.parity.storage import Evaluation, Golden
 from flowexport.parity.streaming import SavedStream, check_streams, expected_streams
@@ -38,6 +39,7 @@ def verify_artifact(
     *,
     check_hash: bool = True,
     require_fusions: Mapping[str, int] | None = None,
+    identity: Identity | None = None,
     stream: SavedStream | None = None,
     threads: int = 1,
     progress: Progress | None = None,
@@ -53,6 +55,7 @@ def verify_artifact(
     Args:
         check_hash: False only where damage is to be found by numbers alone.
         require_fusions: fused operator -> count that the finished file must hold.
+        identity: what the finished file must say of itself.
         stream: of a causal model: its steps are run and held to the reference too.
         threads: of the runtime.
 
@@ -78,22 +81,31 @@ def verify_artifact(
         if not function.path.exists() or sha256_tree(function.path) != function.sha256:
             what = "is missing" if not function.path.exists() else "is not what the manifest has"
             return replace(report, failure=f"{function.path.name} ({name}) {what}")
-    if require_fusions:
+    labels: tuple[str, ...] | None = None
+    if require_fusions or identity is not None:
         try:
-            found = target.inspect(artifact.path).get("fusions", {})
+            found = target.inspect(artifact.path)
         except UnavailableError as error:
             return replace(report, not_run=error.message.rstrip("."), fix=error.fix)
         except Exception as error:
             return replace(report, failure=f"the file cannot be read: {_said(error)}")
-        report = replace(report, fusions=dict(found))
+        report = replace(
+            report,
+            fusions=dict(found.get("fusions", {})),
+            mismatches=() if identity is None else identity.mismatches(found),
+        )
+        labels = file_labels(found)
     try:
         session = target.load(artifact, threads=threads)
     except UnavailableError as error:
+        if report.mismatches:  # found without a runtime: no NOT_RUN hides it
+            return report
         return replace(report, not_run=error.message.rstrip("."), fix=error.fix)
     except Exception as error:
         return replace(report, failure=f"the runtime cannot load it: {_said(error)}")
     with session:
-        run = _Run(session, artifact, golden, evaluation, progress)
+        names = None if identity is None else (labels, tuple(identity.labels))
+        run = _Run(session, artifact, golden, evaluation, progress, names)
         try:
             report = replace(report, runtime=session.info.to_json())
             run.all()
@@ -126,6 +138,7 @@ class _Run:
     golden: Golden
     evaluation: Evaluation | None
     progress: Progress | None
+    names: tuple[tuple[str, ...] | None, tuple[str, ...]] | None = None
 
     def __post_init__(self) -> None:
         self.results: list[CaseResult] = []
@@ -181,7 +194,7 @@ class _Run:
             scores = evaluation.answers(scores)
             self._compare(case, {evaluation.output: scores}, {evaluation.output: reference})
         if scores is not None and scores.shape == reference.shape and np.isfinite(scores).all():
-            self.accuracy = count_predictions(evaluation, scores)
+            self.accuracy = count_predictions(evaluation, scores, *(self.names or ()))
 
     def _compare(
         self, case: str, outputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
@@ -194,13 +207,26 @@ class _Run:
                 )
 
 
-def count_predictions(evaluation: Evaluation, scores: np.ndarray) -> AccuracyResult:
+def count_predictions(
+    evaluation: Evaluation,
+    scores: np.ndarray,
+    named: tuple[str, ...] | None = None,
+    labels: tuple[str, ...] = (),
+) -> AccuracyResult:
     """Count an artifact's predictions against the labels and the reference's.
 
     Args:
         scores: (samples, classes), finite.
+        named: the class names in the finished file: an app shows these, so a
+            prediction counts by its name. None: the file has none.
+        labels: the class names that the bundle gives the same outputs.
     """
     ours = scores.argmax(axis=1)
+    if named and len(labels) == scores.shape[1]:
+        # A name that the bundle does not know, or a class without a name, is nobody's.
+        index = {name: i for i, name in enumerate(labels)}
+        meant = [index.get(name, -1) for name in named]
+        ours = np.array([meant[i] if i < len(meant) else -1 for i in ours])
     theirs = evaluation.reference_logits.argmax(axis=1)
     right, reference_right = (
         ours == evaluation.dataset.targets,
