@@ -20,7 +20,7 @@ from flowexport.progress import Progress
 from flowexport.registry import TARGETS
 
 if TYPE_CHECKING:
-    from flowexport.parity import Evaluation, Golden, SavedStream
+    from flowexport.parity import Bucket, Evaluation, Golden, SavedStream
 
 NOT_VERIFIED = "verification was switched off (--no-verify)"
 
@@ -69,6 +69,16 @@ def saved_stream(root: Path, manifest: Mapping[str, Any]) -> SavedStream | None:
     return parity.read_stream(root / "golden", subject=manifest["recipe_sha256"])
 
 
+def saved_buckets(
+    root: Path, manifest: Mapping[str, Any], evaluation: Evaluation | None
+) -> tuple[Bucket, ...]:
+    """Return what the shorter lengths of a bucketed model's bundle must give."""
+    from flowexport import parity
+
+    entry, key = manifest.get("buckets"), manifest["recipe_sha256"]
+    return parity.read_buckets(root, entry["lengths"], evaluation, subject=key) if entry else ()
+
+
 def verify_all(
     artifacts: Mapping[str, Artifact],
     manifest: Mapping[str, Any],
@@ -88,6 +98,7 @@ def verify_all(
 
     golden, evaluation = references(root, manifest)
     stream = saved_stream(root, manifest)
+    buckets = saved_buckets(root, manifest, evaluation)
     reports = {}
     for name, artifact in artifacts.items():
         progress.stage(f"verify {name}")
@@ -107,6 +118,7 @@ def verify_all(
             require_fusions=entry["required_fusions"],
             identity=Identity.of(artifact, manifest),
             stream=stream if artifact.functions else None,
+            buckets=buckets,
             threads=threads,
             progress=lambda what, done, total: progress.step(done, total, what),
         )

@@ -59,6 +59,7 @@ def make_manifest(
         "labels": list(spec.labels),
         "preprocessing": dict(spec.preprocessing),
         "streaming": _streaming(plan),
+        "buckets": _buckets(plan),
         "machine": {
             "platform": platform.platform(),
             "architecture": platform.machine(),
@@ -95,6 +96,13 @@ def _streaming(plan: Plan) -> dict[str, Any] | None:
         "state": [s.to_json() for s in state],
         "state_bytes": size,
     }
+
+
+def _buckets(plan: Plan) -> dict[str, Any] | None:
+    if not plan.recipe.buckets:
+        return None
+    ((dimension, lengths),) = plan.recipe.buckets.items()
+    return {"dimension": dimension, "lengths": list(lengths)}
 
 
 def _weights_name(plan: Plan) -> str:

@@ -245,7 +245,7 @@ def report(bundle: str | Path) -> Path:
 
 def _lower(plan: Plan, work: Path, progress: Progress) -> dict[Precision, LoweredProgram]:
     """Lower once for each precision that a target asks for."""
-    from flowexport.lowering import lower, lower_streaming
+    from flowexport.lowering import lower, lower_buckets, lower_streaming
 
     subject, spec = plan.subject, plan.subject.spec
     programs = {}
@@ -264,12 +264,14 @@ def _lower(plan: Plan, work: Path, progress: Progress) -> dict[Precision, Lowere
             "recipe_sha256": subject.recipe_sha256,
         }
         module = copy.deepcopy(subject.module)
-        if subject.lengths is None:
-            program = lower(module, spec.inputs, spec.output_names, **arguments)
-        else:
+        if subject.lengths is not None:
             program = lower_streaming(
                 module, spec.inputs, spec.output_names, lengths=subject.lengths, **arguments
             )
+        elif subject.buckets is not None:
+            program = lower_buckets(module, subject.buckets, spec.output_names, **arguments)
+        else:
+            program = lower(module, spec.inputs, spec.output_names, **arguments)
         program.save(work / f"program-{precision.value}.pt2")
         programs[precision] = program
     return programs
@@ -297,6 +299,18 @@ def _write_references(plan: Plan, root: Path, progress: Progress) -> None:
             subject.module,
             spec.inputs[0],
             names[0],
+            subject.dataset,
+            subject=key,
+            seed=plan.recipe.seed,
+            progress=lambda done, total: progress.step(done, total),
+        )
+    if subject.buckets is not None:
+        progress.step(0, None, "shorter lengths")
+        parity.write_buckets(
+            root,
+            subject.module,
+            subject.buckets,
+            names,
             subject.dataset,
             subject=key,
             seed=plan.recipe.seed,

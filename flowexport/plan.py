@@ -60,6 +60,7 @@ class Plan:
             "dataset": self.subject.dataset and self.subject.dataset.name,
             "calibration": self.subject.calibration and self.subject.calibration.name,
             "streaming": None if lengths is None else {"lengths": list(lengths)},
+            "buckets": None if self.subject.buckets is None else list(self.subject.buckets),
             "out": str(self.out),
             "targets": {
                 name: {
@@ -139,9 +140,11 @@ def make_plan(
             " recipe has no evaluation set; expected one, on which the accuracy is counted.",
             fix="`evaluation: {dataset: NAME}` in the recipe, or leave --max-accuracy-drop out",
         )
+    named = {*targets, *require, *(recipe.targets or ())}
     if subject.lengths is not None:
-        named = {*targets, *require, *(recipe.targets or ())}
         _check_streaming(recipe, options, not_run, named)
+    if len(subject.buckets or ()) > 1:
+        _check_functions(recipe, options, not_run, named, "buckets", "hold several lengths")
     checks = _check_ranges(subject, options) if check else {}
     for name, found in checks.items():
         found.require_safe(subject.spec.name)
@@ -231,8 +234,7 @@ def _check_streaming(
     named: set[str],
 ) -> None:
     """Refuse what cannot carry a state; a target that nobody named is left out with the reason."""
-    able = [n for n in TARGETS.names() if n not in not_run and _streams(n)]
-    for name, asked in list(options.items()):
+    for name, asked in options.items():
         where = recipe.where("targets", name)
         if asked.precision is not Precision.FP32:
             raise InputError(
@@ -240,11 +242,26 @@ def _check_streaming(
                 " fp32: the state's sums stop growing in half after about 2,000 steps.",
                 fix="--precision fp32, or `streaming: false` for forward alone",
             )
-        if _streams(name):
-            continue
-        reason = f"target {name} cannot carry the state of a causal model's step"
-        fix = f"choose one of: {', '.join(able)}; or `streaming: false` for forward alone"
+    carry = "carry the state of a causal model's step"
+    _check_functions(recipe, options, not_run, named, "streaming", carry)
+
+
+def _check_functions(
+    recipe: Recipe,
+    options: dict[str, Options],
+    not_run: dict[str, Availability],
+    named: set[str],
+    key: str,
+    what: str,
+) -> None:
+    """Refuse a target of one function only, or leave it out where nobody named it."""
+    able = [n for n in TARGETS.names() if n not in not_run and _streams(n)]
+    for name in [n for n in options if not _streams(n)]:
+        reason = f"target {name} cannot {what}"
+        without = "`streaming: false` for forward alone" if key == "streaming" else f"no `{key}`"
+        fix = f"choose one of: {', '.join(able)}; or {without}"
         if name in named:
+            where = recipe.where("targets", name)
             raise InputError(f"{where}: {reason}; expected a target that can.", fix=fix)
         del options[name]
         not_run[name] = Availability(False, False, reason=reason, fix=fix)

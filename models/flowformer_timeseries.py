@@ -130,7 +130,8 @@ class PositionalEncoding(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(x + self.pe.transpose(0, 1))
+        pe = self.pe if x.shape[1] == len(self.pe) else self.pe[: x.shape[1]]
+        return self.dropout(x + pe.transpose(0, 1))
 
 
 class EncoderLayer(nn.Module):
@@ -191,16 +192,29 @@ class FlowformerTimeSeries(nn.Module):
         """Classify.
 
         Args:
-            x: (B, max_len, feat_dim), float, zero on padded steps.
-            padding_mask: (B, max_len), bool or float; 1 on real steps, 0 on padded ones.
+            x: (B, N, feat_dim), float, zero on padded steps; N = max_len, or fewer, which
+                is another model: the attention sees less padding.
+            padding_mask: (B, N), bool or float; 1 on real steps, 0 on padded ones.
 
         Returns:
             Logits (B, num_classes).
+
+        Raises:
+            InputError: N exceeds max_len.
         """
+        length, longest = x.shape[1], self.config.max_len
+        if length > longest:
+            raise InputError(
+                f"run {FAMILY}: x has {length} steps; expected at most {longest} (max_len)."
+            )
         hidden = self.pos_enc(self.project_inp(x) * self.scale)
         hidden = self.dropout(self.act(self.encoder(hidden)))
         hidden = hidden * padding_mask.to(hidden.dtype).unsqueeze(-1)
-        return self.output_layer(hidden.flatten(1))
+        if length == longest:
+            return self.output_layer(hidden.flatten(1))
+        # Steps that are not there weigh as padded ones: nothing.
+        weight = self.output_layer.weight[:, : length * self.config.d_model]
+        return F.linear(hidden.flatten(1), weight, self.output_layer.bias)
 
 
 def flowformer_timeseries(**config: Any) -> FlowformerTimeSeries:

@@ -260,6 +260,43 @@ class StreamResult:
 
 
 @dataclass(frozen=True)
+class BucketResult:
+    """Predictions of one more length of forward, on the samples that it holds.
+
+    Attributes:
+        agreement: samples predicted as the float64 reference predicts at this length.
+        longest_correct: samples that the reference gets right at the longest bucket's
+            length, padded to that.
+        longest_agreement: samples predicted as it predicts there: a fact on the model,
+            whose answer may depend on the padding.
+    """
+
+    function: str
+    length: int
+    samples: int
+    correct: int
+    agreement: int
+    longest_correct: int
+    longest_agreement: int
+
+    def violation(self, tolerance: Tolerance) -> str | None:
+        low = tolerance.min_prediction_agreement
+        if low is not None and not self.agreement / self.samples >= low:
+            return (
+                f"{self.function}: {self.agreement} of {self.samples} predictions are the"
+                f" reference's; expected a share >= {low:g}"
+            )
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BucketResult:
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+
+@dataclass(frozen=True)
 class StepTimes:
     """Run times of one step, beside those of a forward over the whole sequence.
 

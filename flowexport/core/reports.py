@@ -17,6 +17,7 @@ import numpy as np
 
 from flowexport.core.findings import (
     AccuracyResult,
+    BucketResult,
     CaseResult,
     StepTimes,
     StreamResult,
@@ -28,6 +29,7 @@ from flowexport.core.types import Verdict
 __all__ = [
     "EVALUATION_PREFIX",
     "AccuracyResult",
+    "BucketResult",
     "CaseResult",
     "LatencyReport",
     "ParityReport",
@@ -62,6 +64,7 @@ class ParityReport:
         fix: the command that mends a NOT_RUN.
         failure: what stopped the check (a runtime's exception), or None.
         stream: what the steps of a causal artifact gave; None elsewhere.
+        buckets: predictions of a bucketed artifact's shorter lengths.
     """
 
     target: str
@@ -81,6 +84,7 @@ class ParityReport:
     fix: str | None = None
     failure: str | None = None
     stream: StreamResult | None = None
+    buckets: tuple[BucketResult, ...] = ()
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -117,6 +121,7 @@ class ParityReport:
             or self.tolerance.min_prediction_agreement is not None
         ):
             found.append("the tolerance limits the accuracy, but no evaluation set was run")
+        found += [v for b in self.buckets if (v := b.violation(self.tolerance))]
         return tuple(found)
 
     def _coverage(self) -> list[str]:
@@ -222,6 +227,7 @@ class ParityReport:
             "not_run": self.not_run,
             "failure": self.failure,
             "stream": None if self.stream is None else self.stream.to_json(),
+            "buckets": [b.to_json() for b in self.buckets],
         }
 
     @classmethod
@@ -245,6 +251,7 @@ class ParityReport:
             fix=data["fix"],
             failure=data["failure"],
             stream=None if stream is None else StreamResult.from_json(stream),
+            buckets=tuple(BucketResult.from_json(b) for b in data.get("buckets") or ()),
         )
 
 

@@ -1,5 +1,7 @@
 """torch.export of a model, and the passes that make its graph export-friendly."""
 
+from flowexport.lowering.ends import add_probabilities, divide_input
+from flowexport.lowering.lengths import forward_name, lower_buckets
 from flowexport.lowering.program import LoweredProgram, decompose, find_attentions, lower
 from flowexport.lowering.specialise import require_static, specialise
 from flowexport.lowering.streaming import StreamingModule, check_streaming, lower_streaming
@@ -7,10 +9,14 @@ from flowexport.lowering.streaming import StreamingModule, check_streaming, lowe
 __all__ = [
     "LoweredProgram",
     "StreamingModule",
+    "add_probabilities",
     "check_streaming",
     "decompose",
+    "divide_input",
     "find_attentions",
+    "forward_name",
     "lower",
+    "lower_buckets",
     "lower_streaming",
     "require_static",
     "specialise",

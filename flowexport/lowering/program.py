@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from flowexport.core.errors import InputError, LoweringError
-from flowexport.core.types import Precision, TensorSpec
+from flowexport.core.types import FORWARD, Precision, TensorSpec
 from flowexport.lowering.passes import after_decomposition, before_decomposition, clean
 from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite, Choice
 
@@ -45,7 +45,9 @@ class LoweredProgram:
         labels: class names in output order, or empty.
         preprocessing: how samples become inputs, as the evaluation does it.
         recipe_sha256: hash of the recipe that made it.
-        functions: of a causal model: ``step``, and ``forward_<length>`` for other lengths.
+        functions: more programs of the same weights: a causal model's ``step``, and
+            ``forward_<length>`` for other lengths.
+        entry: this program's own name: ``forward``, or ``forward_<length>`` of the longest bucket.
         state: of a ``step``: state input -> the output that is its next value.
     """
 
@@ -60,6 +62,7 @@ class LoweredProgram:
     recipe_sha256: str = ""
     functions: Mapping[str, LoweredProgram] = field(default_factory=dict)
     state: Mapping[str, str] = field(default_factory=dict)
+    entry: str = FORWARD
 
     def example(self, **sizes: int) -> tuple[torch.Tensor, ...]:
         """Return one tensor of zeros an input; named dimensions not given are 1."""
@@ -85,6 +88,7 @@ class LoweredProgram:
             "recipe_sha256": self.recipe_sha256,
             "functions": list(self.functions),
             "state": dict(self.state),
+            "entry": self.entry,
         }
         # Through memory: torch's own file writer ends the process where the disk is full.
         buffer = io.BytesIO()
@@ -111,6 +115,7 @@ class LoweredProgram:
             recipe_sha256=header["recipe_sha256"],
             functions={n: cls.load(_beside(path, n), ops) for n in header["functions"]},
             state=header["state"],
+            entry=header["entry"],
         )
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flowexport.core.errors import InputError
-from flowexport.core.types import STEP, Precision, TensorSpec
+from flowexport.core.types import FORWARD, STEP, Precision, TensorSpec
+from flowexport.lowering.lengths import forward_name, lower_each
 from flowexport.lowering.program import LoweredProgram, lower
 from flowexport.ops.descriptor import AttentionDescriptor
 
@@ -125,16 +126,8 @@ def lower_streaming(
         )
     (sequence,) = inputs
 
-    def at(length: int) -> LoweredProgram:
-        shape = (sequence.shape[0], length, *sequence.shape[2:])
-        return lower(
-            copy.deepcopy(model),
-            [replace(sequence, shape=shape)],
-            output_names,
-            name=name,
-            ops=ops,
-            **carried,
-        )
+    def at(length: int) -> list[TensorSpec]:
+        return [replace(sequence, shape=(sequence.shape[0], length, *sequence.shape[2:]))]
 
     frame = replace(sequence, shape=(sequence.shape[0], *sequence.shape[2:]))
     assert isinstance(model, StreamingModule)
@@ -149,5 +142,6 @@ def lower_streaming(
     )
     step = replace(step, state={s.name: NEXT + s.name for s in state})
     first = int(sequence.shape[1])
-    others = {f"forward_{n}": at(n) for n in dict.fromkeys(lengths) if n != first}
-    return replace(at(first), functions={**others, STEP: step})
+    shapes = {FORWARD: at(first), **{forward_name(n): at(n) for n in lengths if n != first}}
+    forwards = lower_each(model, shapes, output_names, name=name, ops=ops, **carried)
+    return replace(forwards.pop(FORWARD), functions={**forwards, STEP: step})

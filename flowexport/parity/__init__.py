@@ -8,6 +8,7 @@ from flowexport.core.reports import (
     verdict_of,
 )
 from flowexport.parity.batching import run_batched
+from flowexport.parity.buckets import Bucket, fit_lengths, read_buckets, real_steps, write_buckets
 from flowexport.parity.cases import make_cases
 from flowexport.parity.metrics import compare
 from flowexport.parity.reference import reference_outputs
@@ -30,6 +31,7 @@ from flowexport.parity.verify import verify_artifact
 
 __all__ = [
     "AccuracyResult",
+    "Bucket",
     "CaseResult",
     "Evaluation",
     "Golden",
@@ -37,15 +39,19 @@ __all__ = [
     "SavedStream",
     "Tolerance",
     "compare",
+    "fit_lengths",
     "make_cases",
+    "read_buckets",
     "read_evaluation",
     "read_golden",
     "read_state",
     "read_stream",
+    "real_steps",
     "reference_outputs",
     "run_batched",
     "verdict_of",
     "verify_artifact",
+    "write_buckets",
     "write_evaluation",
     "write_golden",
     "write_state",

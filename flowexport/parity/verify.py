@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from flowexport.core.hashing import sha256_tree
 from flowexport.core.reports import (
     EVALUATION_PREFIX,
     AccuracyResult,
+    BucketResult,
     CaseResult,
     ParityReport,
     StreamResult,
@@ -19,6 +20,7 @@ from flowexport.core.reports import (
 )
 from flowexport.core.types import Artifact, Session, Target
 from flowexport.parity.batching import run_batched
+from flowexport.parity.buckets import Bucket, bucket_result
 from flowexport.parity.identity import Identity, file_labels
 from flowexport.parity.metrics import compare
 from flowexport.parity.storage import Evaluation, Golden
@@ -41,6 +43,7 @@ def verify_artifact(
     require_fusions: Mapping[str, int] | None = None,
     identity: Identity | None = None,
     stream: SavedStream | None = None,
+    buckets: Sequence[Bucket] = (),
     threads: int = 1,
     progress: Progress | None = None,
 ) -> ParityReport:
@@ -57,6 +60,7 @@ def verify_artifact(
         require_fusions: fused operator -> count that the finished file must hold.
         identity: what the finished file must say of itself.
         stream: of a causal model: its steps are run and held to the reference too.
+        buckets: of a model of several lengths: its other functions are run too.
         threads: of the runtime.
 
     Returns:
@@ -68,7 +72,7 @@ def verify_artifact(
         manifest_sha256=artifact.sha256,
         tolerance=tolerance,
         reference=REFERENCE,
-        expected=_expected(golden, evaluation, artifact, stream),
+        expected=_expected(golden, evaluation, artifact, stream, buckets),
         required_fusions=dict(require_fusions or {}),
         hash_checked=check_hash,
     )
@@ -111,6 +115,7 @@ def verify_artifact(
             run.all()
             if stream is not None:
                 run.steps(target, stream, threads)
+            run.lengths(target, buckets, threads)
             failure = None
         except UnavailableError as error:
             return replace(report, not_run=error.message.rstrip("."), fix=error.fix)
@@ -125,6 +130,7 @@ def verify_artifact(
             cases=tuple(run.results),
             accuracy=run.accuracy,
             stream=run.stream,
+            buckets=tuple(run.buckets),
             failure=failure or _tells_nothing(golden),
         )
 
@@ -144,6 +150,7 @@ class _Run:
         self.results: list[CaseResult] = []
         self.accuracy: AccuracyResult | None = None
         self.stream: StreamResult | None = None
+        self.buckets: list[BucketResult] = []
         self.current = "start"
 
     def all(self) -> None:
@@ -179,6 +186,29 @@ class _Run:
                 case, {name: values}, {name: truth}
             ),
         )
+
+    def lengths(self, target: Target, buckets: Sequence[Bucket], threads: int) -> None:
+        """Run the other lengths of a bucketed artifact, each on what it must give."""
+        for done, bucket in enumerate(buckets):
+            self.current = name = bucket.function
+            if self.progress is not None:
+                self.progress(name, done, len(buckets))
+            with target.load(self.artifact.function(name), threads=threads) as session:
+                for case, feeds in bucket.golden.cases.items():
+                    outputs = run_batched(session, feeds)
+                    self._compare(f"{name}/{case}", outputs, bucket.golden.expected[case])
+                evaluation = bucket.evaluation
+                if evaluation is None:
+                    continue
+                scores = run_batched(session, evaluation.dataset.inputs).get(evaluation.output)
+            reference = evaluation.reference_logits
+            if scores is None:
+                continue  # an absent one is told by the expected set
+            output = evaluation.output
+            self._compare(bucket.evaluation_case, {output: scores}, {output: reference})
+            fits = scores.shape == reference.shape and np.isfinite(scores).all()
+            if fits and self.evaluation is not None:
+                self.buckets.append(bucket_result(bucket, scores, self.evaluation))
 
     def _evaluate(self, evaluation: Evaluation) -> None:
         case = self.current = EVALUATION_PREFIX + evaluation.dataset.name
@@ -245,7 +275,11 @@ def count_predictions(
 
 
 def _expected(
-    golden: Golden, evaluation: Evaluation | None, artifact: Artifact, stream: SavedStream | None
+    golden: Golden,
+    evaluation: Evaluation | None,
+    artifact: Artifact,
+    stream: SavedStream | None,
+    buckets: Sequence[Bucket],
 ) -> tuple[tuple[str, str], ...]:
     pairs = [(case, output) for case, outputs in golden.expected.items() for output in outputs]
     if evaluation is not None:
@@ -253,6 +287,8 @@ def _expected(
     if stream is not None:
         dataset = evaluation.dataset if evaluation is not None else None
         pairs += expected_streams(artifact, stream, golden.cases, dataset)
+    for bucket in buckets:
+        pairs += bucket.expected
     return tuple(pairs)
 
 

@@ -13,7 +13,6 @@ from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_tree, size_tree
 from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
-    FORWARD,
     Artifact,
     Availability,
     Function,
@@ -93,10 +92,10 @@ class CoreMLTarget:
             }
             with TemporaryDirectory(dir=out) as folder:
                 parts = {}
-                for name, part in {FORWARD: plain, **others}.items():
+                for name, part in {program.entry: plain, **others}.items():
                     parts[name] = Path(folder) / f"{name}{self.suffix}"
                     to_package(part, options.precision, system, parts[name])
-                join_packages(parts, FORWARD, program.model, path)
+                join_packages(parts, program.entry, program.model, path)
         else:
             to_package(plain, options.precision, system, path)
         form = "+".join(sorted({c.form for c in choices})) or "none"
@@ -151,6 +150,7 @@ class CoreMLTarget:
                 name: Function(path, sha256, size, f.inputs, f.outputs, state=f.state)
                 for name, f in functions.items()
             },
+            entry=program.entry,
         )
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:

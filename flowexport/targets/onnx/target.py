@@ -116,6 +116,7 @@ class OnnxTarget:
                 "deterministic": True,
             },
             functions=functions,
+            entry=program.entry,
         )
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:

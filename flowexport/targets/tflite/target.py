@@ -75,7 +75,8 @@ class TFLiteTarget:
     def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
         """Write ``<model>.tflite`` under ``out``: batch 1, named inputs and outputs.
 
-        A causal model's functions are signatures of the one file and share its weights.
+        A causal model's step, and other lengths, are signatures of the one file and share
+        its weights.
 
         FP16 stores the weights of linear and convolution layers in half
         precision; LiteRT widens them and computes in float32 on a CPU.
@@ -104,7 +105,8 @@ class TFLiteTarget:
             name: decompose(f, self.name, ops, pinned=settings.form)[0]
             for name, f in functions.items()
         }
-        content: Any = to_flatbuffer({FORWARD if others else _SIGNATURE: plain, **others})
+        alone = not others and program.entry == FORWARD
+        content: Any = to_flatbuffer({_SIGNATURE if alone else program.entry: plain, **others})
         if options.precision is Precision.FP16:
             content = store_weights_in_half(content, program.model)
 
@@ -146,6 +148,7 @@ class TFLiteTarget:
             toolchain=toolchain,
             options=dict(options.extra),
             details=self._details(path, options.precision, operators, static.attentions, choices),
+            entry=program.entry,
             functions={
                 name: Function(
                     path, sha256, path.stat().st_size, f.inputs, f.outputs, state=f.state
