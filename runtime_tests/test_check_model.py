@@ -53,6 +53,17 @@ def causal():
     return Model("causal", 1)
 """
 
+PINNED = """schema: flowexport.recipe/1
+name: pinned
+model: attend.py:causal
+weights: {random: 0}
+inputs: {x: 1x1024x8}
+targets:
+  coreml: {form: causal_chunked}
+tolerances:
+  fp16: {max_rel: 1.0e-2, reason: never reached}
+"""
+
 
 class Two(nn.Module):
     """Two attentions, the second with logits ten times as wide."""
@@ -158,8 +169,14 @@ def test_subnormals_decide_where_the_device_may_flush_them(
     causal_calls: tuple[Calls, ...],
 ) -> None:
     kept, flushed = (check_target(t, "fp16", causal_calls) for t in ("onnx", "coreml"))
-    assert kept.safe and not kept.layers[0].chosen["fp16_ftz"].safe
-    assert not flushed.safe and flushed.taken is None, "no causal form by means exists"
+    for found in (kept, flushed):
+        (layer,) = found.layers
+        assert found.safe and found.taken is None and layer.form == "causal_means"
+        assert layer.published["fp16"].safe and layer.published["fp16_ftz"].lost > 0.05
+        assert all(verdict.safe for verdict in layer.chosen.values())
+    assert kept.published_safe and not flushed.published_safe
+    pinned = check_target("coreml", "fp16", causal_calls, pinned="causal_chunked")
+    assert not pinned.safe and pinned.layers[0].chosen["fp16_ftz"].lost > 0.05
     assert arithmetics("onnx", "fp16") == ("fp16",)
     assert arithmetics("another", "fp16") == ("fp16", "fp16_ftz")
 
@@ -218,23 +235,29 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < layer["chosen"]["fp16"]["error"] < 8e-3
 
 
-def test_exit_code_3_and_the_table(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [f"{file}:causal", "--input", "x:1x1024x8", "--target", "coreml"]
-    assert run(["check", *arguments]) == 3
+@pytest.fixture
+def pinned(file: Path) -> Path:
+    path = file.with_name("pinned.yaml")
+    path.write_text(PINNED)
+    return path
+
+
+def test_exit_code_3_and_the_table(pinned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", str(pinned), "--target", "coreml"]) == 3
     out = capsys.readouterr().out
     assert "NOT SAFE" in out and "random samples" in out and "fp16_ftz" in out
+    free = ["check", f"{pinned.with_name('attend.py')}:causal", "--input", "x:1x1024x8"]
+    assert run([*free, "--target", "coreml"]) == 0
+    assert "takes causal_means" in capsys.readouterr().out
 
 
 def test_convert_refuses_before_it_writes(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pinned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not TARGETS.get("coreml").probe().converts:
         pytest.skip("coremltools is not installed: the plan stops at the target")
     out = tmp_path / "out"
-    arguments: list[object] = [
-        "convert", f"{file}:causal", "--input", "x:1x1024x8", "--target", "coreml",
-        "--precision", "fp16", "--out", out,
-    ]  # fmt: skip
+    arguments: list[object] = ["convert", pinned, "--precision", "fp16", "--out", out]
     refused(capsys, 3, "fp16_ftz", "attend", "--no-check", arguments=arguments)
     assert not out.exists()
     assert run([str(a) for a in (*arguments, "--no-check", "--dry-run", "--json")]) == 0

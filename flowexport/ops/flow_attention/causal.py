@@ -27,7 +27,7 @@ from flowexport.ops.flow_attention.variant import FlowVariant
 CHUNK = 64
 
 
-def _prepare(
+def prepare_causal(
     q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...], form: str
 ) -> tuple[Tensor, Tensor, Tensor, FlowVariant]:
     """Return φ(q), φ(k), v as (B, H, L, D) and the variant."""
@@ -54,7 +54,7 @@ def causal_triangular(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tenso
     Returns:
         (B, L, H, M).
     """
-    q, k, v, variant = _prepare(q, k, v, arguments, "causal_triangular")
+    q, k, v, variant = prepare_causal(q, k, v, arguments, "causal_triangular")
     eps, outer = variant.eps, variant.outer_eps
     length = q.shape[2]
     n = torch.arange(1, length + 1, dtype=q.dtype, device=q.device).unsqueeze(1)
@@ -103,7 +103,7 @@ def causal_chunked(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
 
     Args and Returns: as :func:`causal_triangular`.
     """
-    q, k, v, variant = _prepare(q, k, v, arguments, "causal_chunked")
+    q, k, v, variant = prepare_causal(q, k, v, arguments, "causal_chunked")
     batch, heads, length = q.shape[:3]
     if not isinstance(length, int):
         raise InputError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowexport.ops.descriptor import AttentionDescriptor
 from flowexport.ops.flow_attention.causal import causal_chunked, causal_triangular
+from flowexport.ops.flow_attention.causal_half import causal_means
 from flowexport.ops.flow_attention.half import means
 from flowexport.ops.flow_attention.noncausal import channel_first, channel_first_sums, token_major
 from flowexport.ops.flow_attention.op import _flow_attention, variant_of
@@ -37,6 +38,7 @@ FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "means": means,
         "causal_chunked": causal_chunked,
         "causal_triangular": causal_triangular,
+        "causal_means": causal_means,
     }
 )
 

@@ -35,7 +35,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...], form: s
     if variant.causal:
         raise InputError(
             f"flow attention: form {form} has a causal variant; expected a non-causal one.",
-            fix="choose a causal form: causal_chunked or causal_triangular",
+            fix="choose a causal form: causal_chunked, causal_triangular or causal_means",
         )
     return variant
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from flowexport.core.errors import UnknownNameError
 from flowexport.ops.descriptor import AttentionSite
@@ -98,6 +99,8 @@ class RoundingMode(TorchDispatchMode):
         self.arithmetic = arithmetic
         self.overflow = ""
         self.subnormal = 0.0
+        # Lowering folds these, so they are stored rounded but computed exactly.
+        self._constants = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(
         self,
@@ -106,13 +109,23 @@ class RoundingMode(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        args, kwargs = tree_map(self._constant, (args, dict(kwargs or {})))
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if all(x in self._constants for x in leaves):
+            result = func(*args, **(kwargs or {}))
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor):
+                    self._constants[x] = True
+            return result
+        args, kwargs = tree_map(self._stored, (args, dict(kwargs or {})))
         return tree_map(lambda x: self._result(func, x), func(*args, **kwargs))
 
-    def _constant(self, value: Any) -> Any:
-        if type(value) is not float:
-            return value
-        return self.arithmetic.round(torch.tensor(value, dtype=torch.float64)).item()
+    def _stored(self, value: Any) -> Any:
+        """Return an argument as the graph stores it: constants are rounded."""
+        if type(value) is float:
+            return self.arithmetic.round(torch.tensor(value, dtype=torch.float64)).item()
+        if isinstance(value, Tensor) and value in self._constants and value.is_floating_point():
+            return self.arithmetic.round(value)
+        return value
 
     def _result(self, func: Any, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():

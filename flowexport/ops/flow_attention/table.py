@@ -42,11 +42,11 @@ def choose(target: str, precision: str, site: AttentionSite) -> Choice:
     variant = variant_of(site.arguments)
     tokens, heads, width = site.k_shape[1:]
     static = isinstance(tokens, int) and isinstance(site.q_shape[1], int)
-    if variant.causal:
-        if not static:
-            return Choice("causal_triangular", "the only causal form of a dynamic length")
-    elif precision == "fp16" and target not in _WIDE_ARITHMETIC:
-        return Choice("means", "half arithmetic: sums over the tokens leave its range")
+    if precision == "fp16" and target not in _WIDE_ARITHMETIC:
+        form = "causal_means" if variant.causal else "means"
+        return Choice(form, "half arithmetic: sums over the tokens leave its range")
+    if variant.causal and not static:
+        return Choice("causal_triangular", "the fastest causal form of a dynamic length")
     row = None
     if static and isinstance(heads, int) and isinstance(width, int):
         row = nearest(target, variant.causal, int(tokens), heads * width)
