@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from types import SimpleNamespace
 
 import onnx
 import onnx_programs as programs
@@ -13,10 +12,11 @@ import pytest
 from flowexport.core.errors import ConversionError, FlowExportError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Options, Precision
+from flowexport.ops.flow_attention.tensorrt.build import source_hash
 from flowexport.targets.tensorrt import TARGET, sdk
-from flowexport.targets.tensorrt.build import ADDR_NO_RANDOMIZE, network_flags
-from flowexport.targets.tensorrt.builder import build_engine, parse_layers
-from flowexport.targets.tensorrt.target import sidecar_path
+from flowexport.targets.tensorrt.build import ADDR_NO_RANDOMIZE
+from flowexport.targets.tensorrt.builder import Request, build_engine, parse_layers
+from flowexport.targets.tensorrt.convert import sidecar_path
 
 needs_rtx = pytest.mark.skipif(
     sdk.installed("tensorrt_rtx") is None,
@@ -39,7 +39,8 @@ def addresses_can_be_fixed() -> bool:
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("engine")
     lowered = programs.program(programs.net("vision"), "net")
-    options = Options(extra={"compute_capabilities": CAPABILITIES, "profile": {"batch": [1, 2, 4]}})
+    profiles = [{"batch": [1, 2, 4]}, {"batch": [5, 8, 16]}]
+    options = Options(extra={"compute_capabilities": CAPABILITIES, "profiles": profiles})
     return TARGET.convert(lowered, options, folder)
 
 
@@ -48,17 +49,27 @@ def test_engine_and_what_is_recorded(engine: Artifact) -> None:
     assert engine.path.read_bytes()[1:4] == b"trt"
     assert engine.size_bytes == engine.path.stat().st_size > 10_000
     assert engine.sha256 == sha256_file(engine.path)
-    assert engine.fusions == {"FlowAttention": 0} and engine.form.startswith("decomposed: ")
+    assert engine.fusions == {"FlowAttention": 2}
+    assert engine.form == "plugin flowexport::FlowAttention 1"
     details = engine.details
     assert details["builder"].startswith("TensorRT-RTX 1.")
     assert details["compute_capabilities"] == CAPABILITIES
     width = programs.WIDTH
-    shapes = [[batch, programs.LENGTH, width] for batch in (1, 2, 4)]
-    assert details["profile"] == {"x": shapes}
+    assert details["profiles"] == [
+        {"x": [[batch, programs.LENGTH, width] for batch in sizes]}
+        for sizes in ((1, 2, 4), (5, 8, 16))
+    ]
     assert details["layer_count"] == len(details["layers"]) == sum(details["layer_types"].values())
-    # Two attentions of at least two matrix products, and four linears around them.
-    assert details["layer_types"]["gemm"] >= 4
-    assert "custom_layer" not in details["layer_types"]
+    # One engine layer an attention, in each of the two profiles.
+    assert details["layer_tables"] == 2
+    assert details["layer_types"]["custom_layer"] == 4
+    plugin = details["plugin"]
+    assert [details["layers"][i]["type"] for i in plugin["layers"]] == ["custom_layer"] * 4
+    assert plugin["creator"] == "python" and plugin["kernel_source_sha256"] == source_hash()
+    blob = engine.path.read_bytes()
+    assert len(plugin["byte_offsets"]) >= 2
+    assert all(blob[at:].startswith(b"competition_axis") for at in plugin["byte_offsets"])
+    assert source_hash().encode() in blob
     assert all(layer["name"] and layer["type"] for layer in details["layers"])
     if addresses_can_be_fixed():
         assert details["deterministic"] is True and details["deterministic_reason"] is None
@@ -75,7 +86,7 @@ def test_fp16_engine_is_half_inside(engine: Artifact, tmp_path: Path) -> None:
         half.details["deterministic_reason"]
     )
     assert {s.dtype for s in (*half.inputs, *half.outputs)} == {"float32"}
-    assert half.details["layer_types"]["gemm"] >= 4
+    assert half.fusions == {"FlowAttention": 2}
 
 
 @needs_rtx
@@ -89,7 +100,7 @@ def test_bring_your_own_module(tmp_path: Path) -> None:
 def test_inspect_reads_the_layer_table(engine: Artifact, tmp_path: Path) -> None:
     found = TARGET.inspect(engine.path)
     assert found["operators"] == engine.details["layer_types"]
-    assert found["fusions"] == {"FlowAttention": 0}
+    assert found["fusions"] == {"FlowAttention": 2}
     assert found["inputs"] == [s.to_json() for s in engine.inputs]
     assert found["size_bytes"] == engine.size_bytes
     copy = tmp_path / "net.engine"
@@ -142,28 +153,28 @@ def test_full_tensorrt_is_taken_where_it_can_build(monkeypatch: pytest.MonkeyPat
     assert not TARGET.probe().converts, "full TensorRT does not build without a GPU"
 
 
-def test_network_is_strongly_typed() -> None:
-    flags = SimpleNamespace(STRONGLY_TYPED=1)
-    ten = SimpleNamespace(__version__="10.13", NetworkDefinitionCreationFlag=flags)
-    later = SimpleNamespace(__version__="12.0", NetworkDefinitionCreationFlag=SimpleNamespace())
-    assert network_flags(ten) == 2
-    assert network_flags(later) == 0
-
-
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ({"profile": {"batch": [1, 8]}}, "min <= opt <= max"),
-        ({"profile": {"batch": [4, 2, 8]}}, "min <= opt <= max"),
-        ({"profile": {"batch": [0, 1, 8]}}, "1 <= min"),
-        ({"profile": [1, 1, 8]}, "dimension names"),
+        ({"profiles": {"batch": [1, 8]}}, "min <= opt <= max"),
+        ({"profiles": [{"batch": [1, 1, 8]}, {"batch": [4, 2, 8]}]}, "min <= opt <= max"),
+        ({"profiles": {"batch": [0, 1, 8]}}, "1 <= min"),
+        ({"profiles": [1, 1, 8]}, "dimension names"),
+        ({"profiles": []}, "dimension names"),
+        ({"plugin": "yes"}, "plugin is 'yes'"),
+        ({"plugin_library": "/nowhere/plugin.so"}, "CMake"),
+        ({"embed_library": True}, "no plugin_library"),
+        ({"plugin": False, "plugin_library": __file__}, "one of the two"),
+        ({"hardware_compatibility": "ampere"}, "ampere_plus"),
+        ({"timing_cache": "/nowhere/cache"}, "folder that exists"),
+        ({"refit": 1}, "refit is 1; expected true or false"),
         ({"compute_capabilities": ["9.0"]}, "8.6, 8.9"),
         ({"compute_capabilities": []}, "8.6, 8.9, 12.0"),
         ({"timeout": -1}, "seconds"),
         ({"check_rebuild": "yes"}, "true or false"),
         ({"opset": 3}, "20, 21"),
         ({"form": "nope"}, "published"),
-        ({"batch": 3}, "profile"),
+        ({"batch": 3}, "profiles"),
     ],
 )
 def test_unsupported_option_is_refused(extra: dict[str, object], named: str) -> None:
@@ -175,7 +186,7 @@ def test_unsupported_option_is_refused(extra: dict[str, object], named: str) -> 
 def test_dynamic_length_needs_a_range(tmp_path: Path) -> None:
     shape = ("batch", "time", programs.WIDTH)
     lowered = programs.program(programs.net("vision"), "net", shape=shape)
-    with pytest.raises(InputError, match=r"profile\.time"):
+    with pytest.raises(InputError, match=r"time: \[min, opt, max\]"):
         TARGET.convert(lowered, Options(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -194,6 +205,8 @@ def fake_sdk(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> sdk.
             "SIGABRT.*terminate called",
         ),
         ("import os; os._exit(3)", "code 3"),
+        ("import os; os.kill(os.getpid(), 9)", r"SIGKILL \(often: out of memory\)"),
+        ("raise MemoryError", "ran out of memory.*Fix: give the build more memory"),
         ("import time; time.sleep(60)", "more than 3 s"),
         ("raise ImportError('libnvinfer.so.10 is missing')", "libnvinfer.so.10 is missing"),
     ],
@@ -205,12 +218,8 @@ def test_builder_that_ends_is_reported(
     with pytest.raises(ConversionError, match=said):
         build_engine(
             library,
-            tmp_path / "net.onnx",
+            Request(tmp_path / "net.onnx", [], "net", compute_capabilities=["8.6"], timeout=3),
             tmp_path / "net.engine",
-            shapes={},
-            compute_capabilities=["8.6"],
-            timeout=3,
-            model="net",
         )
     assert not (tmp_path / "net.engine").exists()
 
@@ -222,9 +231,9 @@ def test_parser_and_builder_errors_are_told(tmp_path: Path) -> None:
 
     def build(model: onnx.ModelProto, **changes: object) -> None:
         onnx.save(model, tmp_path / "net.onnx")
-        settings = {"shapes": {}, "compute_capabilities": ["8.6"], "timeout": 60, "model": "net"}
-        build_engine(library, tmp_path / "net.onnx", tmp_path / "net.engine",
-                     **{**settings, **changes})  # type: ignore[arg-type]  # fmt: skip
+        settings = {"profiles": [], "compute_capabilities": ["8.6"], "timeout": 60, **changes}
+        request = Request(tmp_path / "net.onnx", model="net", **settings)  # type: ignore[arg-type]
+        build_engine(library, request, tmp_path / "net.engine")
 
     def graph(op: str, batch: object) -> onnx.ModelProto:
         value = [onnx.helper.make_tensor_value_info(n, 1, [batch, 4]) for n in ("x", "y")]
@@ -237,7 +246,10 @@ def test_parser_and_builder_errors_are_told(tmp_path: Path) -> None:
         build(graph("Teleport", 2))
     with pytest.raises(ConversionError, match="profile"):
         build(graph("Relu", "batch"))
-    build(graph("Relu", "batch"), shapes={"x": [[1, 4], [1, 4], [8, 4]]})
+    good = {"x": [[1, 4], [1, 4], [8, 4]]}
+    with pytest.raises(ConversionError, match="profile 1"):
+        build(graph("Relu", "batch"), profiles=[good, {"x": [[4, 4], [1, 4], [8, 4]]}])
+    build(graph("Relu", "batch"), profiles=[good])
 
 
 def test_layer_table_is_read_off_the_log() -> None:
@@ -261,9 +273,10 @@ def test_layer_table_is_read_off_the_log() -> None:
 def test_two_variants_keep_their_own_bodies(tmp_path: Path) -> None:
     """Without inlining TensorRT would give the second node the first one's function."""
     lowered = programs.program(programs.net("vision", "lra"), "mixed")
-    options = Options(extra={"check_rebuild": False, "form": "published"})
+    options = Options(extra={"check_rebuild": False, "form": "published", "plugin": False})
     mixed = TARGET.convert(lowered, options, tmp_path)
     names = " ".join(layer["name"] for layer in mixed.details["layers"])
+    assert mixed.form == "decomposed: published" and not mixed.details["plugin"]["used"]
     # φ of the second attention is relu, of its q and its k; the first has none.
     assert names.count("Relu") == 2
     assert mixed.fusions == {"FlowAttention": 0}

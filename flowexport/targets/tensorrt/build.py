@@ -1,8 +1,8 @@
 """The process that builds one engine; see :mod:`flowexport.targets.tensorrt.builder`.
 
-``python -P build.py REQUEST RESULT``, both JSON files; imports nothing of
-ours, so that it starts fast and holds no torch. TensorRT writes its verbose
-log to stderr, and may end the process.
+``python -P -m flowexport.targets.tensorrt.build REQUEST RESULT``, both JSON
+files; imports no torch, so that it starts fast and its memory is its own.
+TensorRT writes its verbose log to stderr, and may end the process.
 """
 
 from __future__ import annotations
@@ -17,65 +17,99 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flowexport.core.errors import FlowExportError
+from flowexport.targets.tensorrt.adapter import adapter
+
 PR_SET_PDEATHSIG = 1
 ADDR_NO_RANDOMIZE = 0x0040000
+PROGRESS = "flowexport progress: "
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
     """Build and write one engine; returns ``{"error"}`` or what was built."""
     trt = importlib.import_module(request["module"])
-    rtx = bool(request["rtx"])
     # The first logger made is the process's own: later ones are ignored.
     logger = trt.Logger(trt.Logger.VERBOSE)
+    library = adapter(trt, request)
+    plugin = request["plugin"]
+    failures: list[str] = []
+    if plugin:
+        failures = _register(trt, plugin)
     builder = trt.Builder(logger)
-    network = builder.create_network(network_flags(trt))
+    network = builder.create_network(library.network_flags())
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(Path(request["onnx"]).read_bytes()):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        return {"error": "the parser refuses the ONNX file: " + "; ".join(errors)}
+        said = "; ".join([*failures, *errors])
+        return {"error": f"the parser refuses the ONNX file: {said}"}
+    if plugin:
+        from flowexport.ops.flow_attention.tensorrt.plugin import require_plugins
+
+        require_plugins(trt, network, plugin["expected"], request["where"])
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # TF32 rounds float32 factors to 10 bits; precision is the ONNX file's to decide.
-    config.clear_flag(trt.BuilderFlag.TF32)
-    if request["shapes"]:
+    settings = library.configure(config)
+    for index, shapes in enumerate(request["profiles"]):
         profile = builder.create_optimization_profile()
-        for name, (low, best, high) in request["shapes"].items():
-            profile.set_shape(name, low, best, high)
-        if config.add_optimization_profile(profile) < 0:
-            return {"error": f"the builder refuses the optimization profile {request['shapes']}"}
-    capabilities = set_capabilities(trt, rtx, config, request["compute_capabilities"])
+        try:
+            for name, (low, best, high) in shapes.items():
+                profile.set_shape(name, low, best, high)
+            refused = config.add_optimization_profile(profile) < 0
+        except ValueError:
+            refused = True
+        if refused:
+            return {"error": f"the builder refuses optimization profile {index}: {shapes}"}
+    config.progress_monitor = _monitor(trt)
+    if plugin and plugin["embed"]:
+        config.plugins_to_serialize = [plugin["library"]]
     started = time.monotonic()
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        return {"error": "the builder gives no engine"}
+        return {"error": "; ".join(["the builder gives no engine", *failures])}
+    seconds = time.monotonic() - started
     Path(request["engine"]).write_bytes(engine)
+    layers = library.finish(config, bytes(engine), logger)
     return {
-        "seconds": time.monotonic() - started,
+        "layers": layers,
+        "tables": max(1, len(request["profiles"])) if layers is None else 1,
+        "seconds": seconds,
         "version": trt.__version__,
-        "compute_capabilities": capabilities,
+        "settings": settings,
         "network_layers": network.num_layers,
     }
 
 
-def network_flags(trt: Any) -> int:
-    """Return the flags of a strongly typed network: precision is in the ONNX file.
+def _register(trt: Any, plugin: dict[str, Any]) -> list[str]:
+    """Register FlowAttention; returns the list that gathers what it refuses, in words."""
+    if plugin["library"]:
+        registry = trt.get_plugin_registry()
+        if registry.load_library(plugin["library"]) is None:
+            raise RuntimeError(f"TensorRT refuses the plugin library {plugin['library']}")
+        return []
+    from flowexport.ops.flow_attention.tensorrt.plugin import register_plugin
 
-    Since 11 there is no other kind and the flag may be gone.
-    """
-    flags = trt.NetworkDefinitionCreationFlag
-    return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+    return register_plugin(trt).failures
 
 
-def set_capabilities(trt: Any, rtx: bool, config: Any, wanted: list[str]) -> list[str]:
-    """Ask TensorRT-RTX for GPU generations; full TensorRT builds for the GPU that is here."""
-    if not rtx:
-        return ["of the GPU that built it"]
-    config.num_compute_capabilities = len(wanted)
-    for index, capability in enumerate(wanted):
-        value = getattr(trt.ComputeCapability, "SM" + capability.replace(".", ""))
-        if not config.set_compute_capability(value, index):
-            raise RuntimeError(f"the builder refuses compute capability {capability}")
-    return wanted
+def _monitor(trt: Any) -> Any:
+    """Return a progress monitor that writes one line a finished step of a phase to stderr."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            line = f"{PROGRESS}{phase} {step + 1}/{self.steps.get(phase, 0)}"
+            print(line, file=sys.stderr, flush=True)
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()
 
 
 def fix_addresses() -> None:
@@ -107,6 +141,10 @@ def main(arguments: list[str]) -> int:
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
         result = build(request)
+    except FlowExportError as error:
+        result = {"refused": error.message, "fix": error.fix}
+    except MemoryError:
+        result = {"error": "the builder ran out of memory"}
     except Exception as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     Path(arguments[1]).write_text(json.dumps(result), encoding="utf-8")

@@ -79,3 +79,20 @@ def driver_problem() -> str | None:
     if code := cuda.cuDeviceGetCount(ctypes.byref(count)):
         return f"the NVIDIA driver does not count its GPUs (error {code})"
     return None if count.value else "there is no NVIDIA GPU"
+
+
+@cache
+def gpu_capability() -> str | None:
+    """Return the compute capability of the first GPU as ``"89"``, or None where there is none."""
+    if driver_problem() is not None:
+        return None
+    cuda = ctypes.CDLL("libcuda.so.1")
+    device, parts = ctypes.c_int(), []
+    if cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        value = ctypes.c_int()
+        if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+        parts.append(value.value)
+    return f"{parts[0]}{parts[1]}"

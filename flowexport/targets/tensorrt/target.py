@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from flowexport import __version__
 from flowexport.core.errors import InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Availability, Options, Precision, Session
 from flowexport.lowering import LoweredProgram
-from flowexport.targets.onnx import TARGET as ONNX
 from flowexport.targets.onnx.options import PRECISIONS
 from flowexport.targets.tensorrt import sdk
 from flowexport.targets.tensorrt.options import TensorRTOptions
 
 INSTALL = "pip install 'flowexport[tensorrt]'"
-SIDECAR = ".layers.json"
-# A rebuild is compared where it costs little; above, the manifest says that it was not.
-REBUILD_LIMIT_S = 120.0
 
 
 class TensorRTTarget:
@@ -61,96 +55,25 @@ class TensorRTTarget:
     def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
         """Write ``<model>.engine`` and ``<model>.layers.json``.
 
-        The ONNX target's file is built with its functions inlined: without a
-        plugin TensorRT finds functions by name alone and would give every
-        node the first one's body.
+        The engine is built from the ONNX target's file: its attention nodes
+        become plugins, or their functions are inlined.
 
         Raises:
-            UnavailableError: no library is here that can build.
-            InputError: the profile lacks a dynamic dimension.
+            UnavailableError: no library is here that can build, or no kernel
+                for a plugin that was asked for.
+            InputError: a profile lacks a dynamic dimension, or an option is not the library's.
             LoweringError, ConversionError: a stage refused the program.
         """
-        import onnx
+        from flowexport.targets.tensorrt.convert import convert
 
-        from flowexport.targets.onnx.read import inline
-        from flowexport.targets.tensorrt.builder import build_engine
-
-        settings = TensorRTOptions.parse(options)
-        shapes = settings.shapes(program.inputs, program.model)
+        TensorRTOptions.parse(options).shapes(program.inputs, program.model)
         availability = self.probe()
         library = sdk.find(gpu=sdk.driver_problem() is None)
         if library is None or not availability.converts:
             raise UnavailableError(
                 f"convert tensorrt {program.model}: {availability.reason}.", fix=availability.fix
             )
-        path = out / f"{program.model}{self.suffix}"
-        with tempfile.TemporaryDirectory(prefix=".tensorrt-", dir=out) as folder:
-            scratch = Path(folder)
-            source = ONNX.convert(program, _onnx_options(program, options), scratch)
-            inlined = scratch / "inlined.onnx"
-            inlined.write_bytes(
-                inline(onnx.load(source.path)).SerializeToString(deterministic=True)
-            )
-            common: dict[str, Any] = {
-                "shapes": shapes,
-                "compute_capabilities": settings.compute_capabilities,
-                "timeout": settings.timeout,
-                "model": program.model,
-            }
-            built = build_engine(library, inlined, _folder(scratch, "1") / path.name, **common)
-            same: bool | None = None
-            reason: str | None = "the option check_rebuild is off"
-            if settings.check_rebuild and built.seconds > REBUILD_LIMIT_S:
-                reason = f"one build took {built.seconds:.0f} s; a second was not made"
-            elif settings.check_rebuild:
-                again = build_engine(library, inlined, _folder(scratch, "2") / path.name, **common)
-                same = sha256_file(built.engine) == sha256_file(again.engine)
-                reason = None if same else "a second build of the same file gave other bytes"
-            built.engine.replace(path)
-        details = {
-            "builder": f"{library.label} {built.version}",
-            "compute_capabilities": list(built.compute_capabilities),
-            "profile": shapes,
-            "build_seconds": built.seconds,
-            "network_layers": built.network_layers,
-            "layer_count": len(built.layers),
-            "layer_types": dict(Counter(layer.type for layer in built.layers)),
-            "layers": [layer.to_json() for layer in built.layers],
-            "onnx_sha256": source.sha256,
-            "attentions": source.details["attentions"],
-            "deterministic": same,
-            "deterministic_reason": reason,
-        }
-        fusions = dict.fromkeys(source.fusions, 0)
-        form = f"decomposed: {source.form}" if fusions else source.form
-        sidecar = {
-            "model": program.model,
-            "precision": program.precision.value,
-            "flowexport_version": __version__,
-            "engine_sha256": sha256_file(path),
-            "inputs": [s.to_json() for s in program.inputs],
-            "outputs": [s.to_json() for s in program.outputs],
-            "fusions": fusions,
-            "form": form,
-            **{k: v for k, v in details.items() if k != "build_seconds"},
-        }
-        sidecar_path(path).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
-        return Artifact(
-            target=self.name,
-            path=path,
-            sha256=sha256_file(path),
-            size_bytes=path.stat().st_size,
-            precision=program.precision,
-            model=program.model,
-            recipe_sha256=program.recipe_sha256,
-            form=form,
-            inputs=program.inputs,
-            outputs=program.outputs,
-            fusions=fusions,
-            toolchain={**source.toolchain, library.module: built.version},
-            options=dict(options.extra),
-            details=details,
-        )
+        return convert(program, options, out, library)
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
         """Return a session on the GPU; ``threads`` has no meaning there.
@@ -179,6 +102,8 @@ class TensorRTTarget:
         Raises:
             InputError: no engine, no layer table, or one of another engine.
         """
+        from flowexport.targets.tensorrt.convert import sidecar_path
+
         where = f"read tensorrt {path.name}"
         table = sidecar_path(path)
         try:
@@ -201,23 +126,6 @@ class TensorRTTarget:
             )
         operators = dict(sorted(types.items(), key=lambda item: (-item[1], item[0])))
         return {**found, "operators": operators, "size_bytes": size}
-
-
-def sidecar_path(engine: Path) -> Path:
-    """Return where an engine's layer table lies."""
-    return engine.with_suffix(SIDECAR)
-
-
-def _folder(parent: Path, name: str) -> Path:
-    path = parent / name
-    path.mkdir()
-    return path
-
-
-def _onnx_options(program: LoweredProgram, options: Options) -> Options:
-    from flowexport.targets.onnx.options import KEYS
-
-    return Options(program.precision, {k: v for k, v in options.extra.items() if k in KEYS})
 
 
 def _torch_sees_gpu() -> bool:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from flowexport.core.errors import InputError, UnavailableError
@@ -59,14 +60,61 @@ def nvcc() -> str:
     """Return the path of nvcc.
 
     Raises:
-        UnavailableError: there is none on PATH, in ``$CUDACXX`` or ``$CUDA_HOME/bin``.
+        UnavailableError: there is none in ``$CUDACXX``, on PATH, in
+            ``$CUDA_HOME/bin`` or from the package nvidia-cuda-nvcc.
     """
     home = os.environ.get("CUDA_HOME")
+    packaged = [str(p / "bin" / "nvcc") for p in _packaged_toolkits()]
     return _tool(
-        (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc" if home else None),
+        (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc" if home else None, *packaged),
         "nvcc",
-        "install the CUDA toolkit (12.8 or later for compute capability 12.0) and set CUDACXX",
+        "pip install 'flowexport[kernel]' (nvcc from PyPI), or install the CUDA toolkit (12.8 or"
+        " later) and set CUDACXX",
     )
+
+
+def _packaged_toolkits() -> list[Path]:
+    """Return the CUDA toolkits that pip installed: ``site-packages/nvidia/cu13``."""
+    spec = find_spec("nvidia")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return [found for place in places for found in sorted(Path(place).glob("cu[0-9]*"))]
+
+
+def _host_compiler() -> str:
+    return _tool((os.environ.get("CXX"), "g++"), "C++ compiler", "install g++ 12 or later")
+
+
+def cached_cuda(capability: str | None = None, source: str | None = None) -> Path | None:
+    """Return a compiled CUDA library from the cache.
+
+    Args:
+        capability: of the GPU that shall run it, as ``"89"``: machine code for
+            it or a lower one of its generation, else PTX of a lower one; any
+            library where None.
+        source: :func:`source_hash` of the kernel; this one's by default.
+    """
+    best: tuple[int, Path] | None = None
+    for path in sorted(cache_dir().glob(f"flow_attention-sm*-{(source or source_hash())[:16]}.so")):
+        held = [int(cc) for cc in path.name.split("-")[1].removeprefix("sm").split("_")]
+        if capability is None:
+            return path
+        wanted = int(capability)
+        exact = [cc for cc in held if cc <= wanted and cc // 10 == wanted // 10]
+        rank = 2 * max(exact) + 1 if exact else 2 * max(held) if max(held) <= wanted else 0
+        if rank and (best is None or rank > best[0]):
+            best = rank, path
+    return best[1] if best else None
+
+
+def kernel_problem(capability: str | None = None) -> UnavailableError | None:
+    """Return why this machine cannot get a kernel for a GPU; None where it can or has one."""
+    if cached_cuda(capability) is not None:
+        return None
+    try:
+        nvcc(), _host_compiler()
+    except UnavailableError as error:
+        return error
+    return None
 
 
 def _compile(command: Sequence[str], output: Path) -> Path:
@@ -103,7 +151,7 @@ def build_host(folder: Path | None = None, *, reverse: bool = False, plain: bool
     Raises:
         UnavailableError: no C++ compiler, or it refuses the source.
     """
-    compiler = _tool((os.environ.get("CXX"), "g++"), "C++ compiler", "install g++ 12 or later")
+    compiler = _host_compiler()
     order = ("-reverse" if reverse else "") + ("-plain" if plain else "")
     output = (folder or cache_dir()) / f"flow_attention-host{order}-{source_hash()[:16]}.so"
     if output.exists():
@@ -142,7 +190,10 @@ def build_cuda(architectures: Sequence[str] = ARCHITECTURES, folder: Path | None
         return output
     code = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in wanted]
     code.append(f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}")
+    compiler = nvcc()
+    # The package from PyPI has its libraries in lib and looks for them in lib64.
+    libraries = Path(compiler).resolve().parent.parent / "lib"
     return _compile(
-        [nvcc(), *_NVCC_FLAGS, *code, str(SOURCE / "launch.cu")],
+        [compiler, *_NVCC_FLAGS, f"-L{libraries}", *code, str(SOURCE / "launch.cu")],
         output,
     )

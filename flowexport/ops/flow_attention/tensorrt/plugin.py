@@ -255,6 +255,7 @@ def register_plugin(
     library: Path | None = None,
     embed: bool = False,
     allow_embedded: bool = False,
+    capability: str | None = None,
 ) -> Kernels:
     """Register the plugin with a TensorRT module; once a process, later calls change settings.
 
@@ -265,6 +266,7 @@ def register_plugin(
             engines are built all the same and running them looks it up.
         embed: put the library into engines.
         allow_embedded: run native code that engines carry.
+        capability: of the GPU that runs engines, as ``"89"``.
 
     Returns:
         The settings; ``failures`` gathers what plugins refused, in words,
@@ -275,7 +277,7 @@ def register_plugin(
     """
     if embed and library is None:
         raise InputError(f"plugin {NAME}: embed needs a library; expected its path.")
-    kernels = Kernels(library, embed, allow_embedded)
+    kernels = Kernels(library, embed, allow_embedded, capability)
     creator = _creators.get(trt.__name__)
     if creator is not None:
         creator.kernels = kernels
@@ -311,7 +313,9 @@ def require_plugins(trt: Any, network: Any, expected: int, where: str) -> None:
     if found == expected:
         return
     creator = _creators.get(trt.__name__)
-    said = "; ".join(creator.kernels.failures) if creator else "no plugin is registered"
+    said = "; ".join(creator.kernels.failures) if creator else ""
+    if trt.get_plugin_registry().get_creator(NAME, VERSION, NAMESPACE) is None:
+        said = "no plugin is registered"
     raise ConversionError(
         f"{where}: the network has {found} FlowAttention plugin layers; expected {expected},"
         f" one a node{f' ({said})' if said else ''}.",

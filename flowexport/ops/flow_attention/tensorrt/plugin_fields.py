@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.errors import InputError, UnavailableError
-from flowexport.ops.flow_attention.tensorrt.build import build_cuda, cache_dir, source_hash
+from flowexport.ops.flow_attention.tensorrt.build import (
+    build_cuda,
+    cache_dir,
+    cached_cuda,
+    source_hash,
+)
 from flowexport.ops.flow_attention.tensorrt.kernel import KernelLibrary
 from flowexport.ops.flow_attention.variant import FlowVariant
 
@@ -36,6 +41,7 @@ class Kernels:
         embed: put ``library``'s bytes into engines that are built.
         allow_embedded: run the native code an engine carries. Only for
             engines you trust like a program you install.
+        capability: of the GPU that runs the kernel, as ``"89"``; None compiles for all.
         failures: what plugins refused, in words.
         created: the variant of each plugin that the ONNX parser made, by node name.
         embedded_once: whether a plugin of this build carries the library already.
@@ -45,6 +51,7 @@ class Kernels:
     library: Path | None = None
     embed: bool = False
     allow_embedded: bool = False
+    capability: str | None = None
     failures: list[str] = field(default_factory=list)
     created: dict[str, FlowVariant] = field(default_factory=dict)
     embedded_once: bool = False
@@ -123,7 +130,7 @@ def find_kernel(wanted: str, kernels: Kernels) -> KernelLibrary:
     """
     if kernels.library is not None:
         return KernelLibrary(kernels.library)
-    for path in sorted(cache_dir().glob(f"flow_attention-sm*-{wanted[:16]}.so")):
+    if (path := cached_cuda(kernels.capability, wanted)) is not None:
         return KernelLibrary(path)
     if kernels.embedded and kernels.allow_embedded:
         embedded = kernels.embedded
@@ -138,7 +145,8 @@ def find_kernel(wanted: str, kernels: Kernels) -> KernelLibrary:
             Path(partial).replace(path)
         return KernelLibrary(path)
     if wanted == source_hash():
-        return KernelLibrary(build_cuda())
+        one = () if kernels.capability is None else ((kernels.capability,),)
+        return KernelLibrary(build_cuda(*one))
     raise UnavailableError(
         f"plugin {NAME}: the engine was built with kernel source {wanted[:16]}, this is"
         f" {source_hash()[:16]}; expected the same.",

@@ -42,7 +42,11 @@ def make_rtx_shim(folder: Path) -> Path:
 
 
 def builder_environment(
-    module: str, folder: Path, environment: Mapping[str, str] | None = None
+    module: str,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    start: Path | None = None,
 ) -> dict[str, str]:
     """Return the environment for a process that builds with the plugin.
 
@@ -50,9 +54,12 @@ def builder_environment(
         module: ``tensorrt`` or ``tensorrt_rtx``.
         folder: where the link may lie; must outlive the process.
         environment: to start from; this process's own by default.
+        start: the process's working folder, where the path is to be relative to it.
     """
     result = dict(os.environ if environment is None else environment)
     if module == "tensorrt_rtx":
-        paths = [str(make_rtx_shim(folder)), result.get("LD_LIBRARY_PATH", "")]
+        shim = make_rtx_shim(folder)
+        first = str(shim) if start is None else os.path.relpath(shim, start)
+        paths = [first, result.get("LD_LIBRARY_PATH", "")]
         result["LD_LIBRARY_PATH"] = os.pathsep.join(p for p in paths if p)
     return result
