@@ -16,9 +16,12 @@ from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputKind,
+    OutputSpec,
     TensorArgument,
 )
 from torch.fx import Node
+from torch.utils._pytree import tree_structure
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -54,6 +57,26 @@ class GraphEdit:
         }
         self._targets = {nodes[s.arg.name]: str(s.target) for s in self._specs if s.target}
         self._fake = detect_fake_mode([n.meta.get("val") for n in self.graph.nodes])
+        self._outputs = list(exported.graph_signature.output_specs)
+
+    @property
+    def inputs(self) -> list[Node]:
+        """The placeholders of the program's own inputs, in order."""
+        names = [s.arg.name for s in self._specs if s.kind is InputKind.USER_INPUT]
+        nodes = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+        return [nodes[name] for name in names]
+
+    @property
+    def results(self) -> list[Node]:
+        """The results, in order."""
+        return list(next(n for n in self.graph.nodes if n.op == "output").args[0])
+
+    def add_result(self, node: Node) -> None:
+        """Append a result."""
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        output.args = ((*output.args[0], node),)
+        argument = TensorArgument(name=node.name)
+        self._outputs.append(OutputSpec(OutputKind.USER_OUTPUT, argument, None))
 
     def call(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
         """Add a call where the graph's insertion point is; metadata as of ``like``."""
@@ -97,17 +120,23 @@ class GraphEdit:
                 self.graph.erase_node(node)
         self.graph.lint()
         self._module.recompile()
-        results = next(n for n in self.graph.nodes if n.op == "output").args[0]
         outputs = [
             replace(spec, arg=TensorArgument(name=node.name))
             if isinstance(spec.arg, TensorArgument)
             else spec
-            for spec, node in zip(self._exported.graph_signature.output_specs, results, strict=True)
+            for spec, node in zip(self._outputs, self.results, strict=True)
         ]
         signature = ExportGraphSignature(self._specs, outputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return self._exported._update(self._module, signature, state_dict=self._state)
+            edited = self._exported._update(self._module, signature, state_dict=self._state)
+        if len(outputs) > len(self._exported.graph_signature.output_specs):
+            # The results are a tuple now, whatever they were.
+            root = edited.module_call_graph[0]
+            assert root.signature is not None
+            own = replace(root.signature, out_spec=tree_structure((0,) * len(outputs)))
+            edited.module_call_graph[0] = replace(root, signature=own)
+        return edited
 
 
 def calls(node: Any, *targets: Any) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,26 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.errors import ConversionError, InputError
-from flowexport.core.types import Precision
+from flowexport.core.types import Precision, TensorSpec
 from flowexport.lowering import LoweredProgram
+from flowexport.ops.installed import installed_ops
+from flowexport.targets.coreml.ends import LABEL, SOFTMAX, ImageEnd
+from flowexport.targets.coreml.places import half_selector, named_results, number_nodes
 
 _INPUT_DTYPES = ("float32", "float16", "int32")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known of a package from its making.
+
+    Attributes:
+        paths: PyTorch module path by result name.
+        kept: results by the ``keep_fp32`` rule that keeps them in float32.
+    """
+
+    paths: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 @cache
@@ -39,6 +56,25 @@ def _register_operators() -> None:
         register_torch_op(override=True)(translate)
 
 
+@cache
+def _forget_output_types() -> str:
+    """Register a pass that drops the outputs' asked types once the program has them.
+
+    coremltools 9.0 reads them by position behind the classifier's two new outputs, and
+    fails where there is any other output.
+    """
+    from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
+    from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+
+    @register_pass(namespace="flowexport")  # type: ignore[misc]
+    class forget_output_types(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801
+        def apply(self, prog: Any) -> None:
+            for function in prog.functions.values():
+                function.set_output_types(None)
+
+    return "flowexport::forget_output_types"
+
+
 def require_dtypes(program: LoweredProgram) -> None:
     """Raise InputError for an input of a dtype that Core ML does not take."""
     for spec in program.inputs:
@@ -47,6 +83,19 @@ def require_dtypes(program: LoweredProgram) -> None:
                 f"convert coreml {program.model}: {spec.name} has dtype {spec.dtype};"
                 f" expected one of: {', '.join(_INPUT_DTYPES)}."
             )
+
+
+@contextlib.contextmanager
+def _told_in_a_line(model: str, what: str) -> Iterator[None]:
+    """Turn whatever coremltools raises, from AssertionError up, into one message."""
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield
+        except Exception as error:
+            raise ConversionError(
+                f"convert coreml {model}: coremltools refused {what}:"
+                f" {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            ) from error
 
 
 def join_packages(packages: Mapping[str, Path], main: str, model: str, path: Path) -> None:
@@ -61,60 +110,98 @@ def join_packages(packages: Mapping[str, Path], main: str, model: str, path: Pat
     Raises:
         ConversionError: coremltools refused to join them.
     """
-    with contextlib.redirect_stdout(sys.stderr):
-        import coremltools as ct
+    import coremltools as ct
 
-        joined = ct.utils.MultiFunctionDescriptor()
+    joined = ct.utils.MultiFunctionDescriptor()
+    with _told_in_a_line(model, f"to join the functions {', '.join(packages)}"):
         for name, source in packages.items():
             joined.add_function(str(source), "main", name)
         joined.default_function_name = main
-        try:
-            ct.utils.save_multifunction(joined, str(path))
-        except Exception as error:  # coremltools raises anything from AssertionError up
-            raise ConversionError(
-                f"convert coreml {model}: coremltools refused to join the functions"
-                f" {', '.join(packages)}: {type(error).__name__}:"
-                f" {(str(error).strip().splitlines() or [''])[0]}"
-            ) from error
+        ct.utils.save_multifunction(joined, str(path))
 
 
-def to_package(program: LoweredProgram, precision: Precision, system: str, path: Path) -> None:
-    """Convert a static program without attention nodes and save it.
+def to_package(
+    program: LoweredProgram,
+    precision: Precision,
+    system: str,
+    path: Path,
+    *,
+    image: ImageEnd | None = None,
+    classes: tuple[str, ...] = (),
+    keep_fp32: tuple[str, ...] = (),
+    sizes: Mapping[str, Any] | None = None,
+) -> Written:
+    """Convert a program without attention nodes and save it.
 
     Args:
         program: float32 inside; inputs and outputs give the names and types.
         precision: what Core ML stores and computes in; the ends stay float32.
         system: minimum deployment target, ``iOS16`` and later.
         path: of the .mlpackage.
+        image: the input that is an image, or None.
+        classes: labels of a classifier, whose probabilities are the output ``probabilities``.
+        keep_fp32: in FP16, what stays in float32; see :mod:`~flowexport.targets.coreml.places`.
+        sizes: of a dynamic dimension: ``{length: {"range": [8, 64]}}`` or ``{"sizes": [...]}``.
 
     Raises:
         ConversionError: coremltools refused the program.
     """
-    with contextlib.redirect_stdout(sys.stderr):
-        import coremltools as ct
+    import coremltools as ct
 
-        logging.getLogger("coremltools").setLevel(logging.ERROR)
-        _register_operators()
-        compute = {Precision.FP32: ct.precision.FLOAT32, Precision.FP16: ct.precision.FLOAT16}
-        try:
-            model = ct.convert(
-                program.exported.run_decompositions({}),
-                inputs=[
-                    ct.TensorType(name=s.name, shape=s.shape, dtype=np.dtype(s.dtype).type)
-                    for s in program.inputs
-                ],
-                outputs=[
-                    ct.TensorType(name=s.name, dtype=np.dtype(s.dtype).type)
-                    for s in program.outputs
-                ],
-                convert_to="mlprogram",
-                compute_precision=compute[precision],
-                minimum_deployment_target=ct.target[system],
-                skip_model_load=True,
-            )
-            model.save(str(path))
-        except Exception as error:  # coremltools raises anything from AssertionError up
-            raise ConversionError(
-                f"convert coreml {program.model}: coremltools refused the program:"
-                f" {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            ) from error
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    _register_operators()
+    exported = program.exported.run_decompositions({})
+    places = number_nodes(exported, [str(op.overload) for op in installed_ops()])
+    compute: Any = {Precision.FP32: ct.precision.FLOAT32, Precision.FP16: ct.precision.FLOAT16}[
+        precision
+    ]
+    if keep_fp32:
+        compute = ct.transform.FP16ComputePrecision(op_selector=half_selector(keep_fp32, places))
+    more: dict[str, Any] = {}
+    if classes:
+        more["pass_pipeline"] = ct.PassPipeline.DEFAULT
+        more["pass_pipeline"].append_pass(_forget_output_types())
+        more["classifier_config"] = ct.ClassifierConfig(
+            list(classes), predicted_feature_name=LABEL, predicted_probabilities_output=SOFTMAX
+        )
+    with _told_in_a_line(program.model, "the program"):
+        model = ct.convert(
+            exported,
+            inputs=[
+                image.ct_type()
+                if image is not None and image.name == s.name
+                else ct.TensorType(
+                    name=s.name, shape=_shape(s, sizes or {}), dtype=np.dtype(s.dtype).type
+                )
+                for s in program.inputs
+            ],
+            outputs=[
+                ct.TensorType(name=s.name, dtype=np.dtype(s.dtype).type) for s in program.outputs
+            ],
+            convert_to="mlprogram",
+            compute_precision=compute,
+            minimum_deployment_target=ct.target[system],
+            skip_model_load=True,
+            **more,
+        )
+        model.save(str(path))
+    return Written(*named_results(model._mil_program, places, keep_fp32))
+
+
+def _shape(spec: TensorSpec, sizes: Mapping[str, Any]) -> Any:
+    """Return a shape as coremltools takes it: numbers, a range, or the shapes allowed."""
+    import coremltools as ct
+
+    names = [d for d in spec.shape if isinstance(d, str)]
+    if not names:
+        return spec.shape
+    limits = sizes[names[0]]
+    if "sizes" in limits:
+        return ct.EnumeratedShapes(
+            [spec.static(**{names[0]: n}).shape for n in limits["sizes"]],
+            default=spec.static(**{names[0]: limits["sizes"][-1]}).shape,
+        )
+    low, high = limits["range"]
+    return tuple(
+        ct.RangeDim(low, high, default=high) if isinstance(d, str) else d for d in spec.shape
+    )

@@ -164,6 +164,14 @@ def features(spec: Any, function: str = "") -> tuple[list[TensorSpec], list[Tens
     return tensors(chosen.input), tensors(chosen.output)
 
 
+def module_paths(spec: Any, function: str) -> dict[str, str]:
+    """Return the PyTorch module path of a function's results, by name; empty where unknown."""
+    table = user_metadata(spec).get("modules", {})
+    # A package of one function calls it ``main``.
+    own = table.get(function) or (next(iter(table.values())) if len(table) == 1 else {})
+    return {name: path for path, names in own.items() for name in names}
+
+
 def user_metadata(spec: Any) -> dict[str, Any]:
     """Return flowexport's own entries, decoded, without their prefix."""
     entries: Mapping[str, str] = spec.description.metadata.userDefined

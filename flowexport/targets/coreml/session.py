@@ -10,6 +10,7 @@ import numpy as np
 
 from flowexport.core.errors import InputError
 from flowexport.core.types import Artifact, Precision, RuntimeInfo, Session
+from flowexport.targets.coreml.ends import AppEnds
 from flowexport.targets.coreml.options import COMPUTE_UNITS
 from flowexport.targets.coreml.package import read_spec
 from flowexport.targets.coreml.sdk import quiet
@@ -42,6 +43,7 @@ class CoreMLSession(Session):
             raise InputError(
                 f"load coreml {artifact.model}: Core ML refuses the package: {line}"
             ) from error
+        self._ends = AppEnds(artifact, native=True)
         self._info = RuntimeInfo(
             name="Core ML",
             version=f"macOS {platform.mac_ver()[0]}",
@@ -54,8 +56,7 @@ class CoreMLSession(Session):
         return self._info
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        result: Mapping[str, np.ndarray] = self._model.predict(dict(feeds))
-        return result
+        return self._ends.results(self._model.predict(self._ends.feeds(feeds)))
 
     def close(self) -> None:
         self._model = None

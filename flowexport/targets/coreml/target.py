@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flowexport.core.errors import ConversionError, InputError, UnavailableError
+from flowexport.core.errors import ConversionError, UnavailableError
 from flowexport.core.hashing import sha256_tree, size_tree
 from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
@@ -22,13 +22,16 @@ from flowexport.core.types import (
     TensorSpec,
 )
 from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
+from flowexport.ops.descriptor import Choice
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
-from flowexport.targets.coreml.convert import join_packages, require_dtypes, to_package
-from flowexport.targets.coreml.options import PRECISIONS, CoreMLOptions
+from flowexport.targets.coreml.convert import Written, join_packages, require_dtypes, to_package
+from flowexport.targets.coreml.describe import describe
+from flowexport.targets.coreml.ends import ImageEnd, app_ends
+from flowexport.targets.coreml.options import FUNCTIONS, PRECISIONS, CoreMLOptions
+from flowexport.targets.coreml.places import require_kept
 from flowexport.targets.coreml.session import INTERPRETED, on_macos, open_session
 
-MULTIFUNCTION = "iOS18"
 _INSTALL = "pip install 'flowexport[coreml]'"
 
 
@@ -75,39 +78,59 @@ class CoreMLTarget:
             "give the length in the shape; several lengths need one bucket (function) each",
         )
         require_dtypes(program)
-        system = _system(program, settings, options)
+        where = f"convert coreml {program.model}"
+        system = settings.system(where, *([FUNCTIONS] if program.functions else []))
         self._require_converter(program.model)
         ops = installed_ops()
-        static = specialise(program, ops)
-        plain, choices = decompose(static, self.name, ops, pinned=settings.form)
-
+        static = {
+            name: specialise(part, ops)
+            for name, part in {program.entry: program, **program.functions}.items()
+        }
+        main = static[program.entry]
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{program.model}{self.suffix}"
         package.remove(path)
-        functions = {name: specialise(f, ops) for name, f in program.functions.items()}
-        if functions:
-            others = {
-                name: decompose(f, self.name, ops, pinned=settings.form)[0]
-                for name, f in functions.items()
-            }
-            with TemporaryDirectory(dir=out) as folder:
-                parts = {}
-                for name, part in {program.entry: plain, **others}.items():
-                    parts[name] = Path(folder) / f"{name}{self.suffix}"
-                    to_package(part, options.precision, system, parts[name])
+        made: dict[str, _Part] = {}
+        with TemporaryDirectory(dir=out) as folder:
+            for name, part in static.items():
+                place = Path(folder) / f"{name}{self.suffix}" if len(static) > 1 else path
+                made[name] = _Part.make(part, options.precision, settings, system, place)
+            if len(static) > 1:
+                parts = {name: part.path for name, part in made.items()}
+                separate = {name: size_tree(p) for name, p in parts.items()}
                 join_packages(parts, program.entry, program.model, path)
-        else:
-            to_package(plain, options.precision, system, path)
+        first = made[program.entry]
+        choices = first.choices
         form = "+".join(sorted({c.form for c in choices})) or "none"
         toolchain = installed_versions("coremltools", "torch")
         spec = package.read_spec(path)
-        self._check(spec, static)
-        for name, function in functions.items():
-            self._check(spec, function, name)
-        state = {n: dict(f.state) for n, f in functions.items() if f.state}
-        _describe(
+        details: dict[str, Any] = {
+            "batch": 1,
+            "deployment_target": system,
+            "arithmetic": "float16" if options.precision is Precision.FP16 else "float32",
+            "sites": [
+                {"module": s.module_path, "form": c.form, "reason": c.reason}
+                for s, c in zip(main.attentions, choices, strict=True)
+            ],
+        }
+        if first.image is not None:
+            details["image"] = first.image.to_json()
+        if first.classes:
+            details["classes"] = list(first.classes)
+        for name, part in static.items():
+            function = name if len(static) > 1 else ""
+            self._check(spec, part, function, first.image)
+            if settings.keep_fp32:
+                kept = require_kept(
+                    spec, made[name].written.kept, function or "main", program.model
+                )
+                details["kept_fp32"] = {**details.get("kept_fp32", {}), name: kept}
+        state = {n: dict(f.state) for n, f in program.functions.items() if f.state}
+        describe(
             spec,
-            f"{program.model}, made by flowexport",
+            main,
+            settings.metadata,
+            first.image,
             {
                 "model": program.model,
                 "labels": list(program.labels),
@@ -116,12 +139,15 @@ class CoreMLTarget:
                 "form": form,
                 "recipe_sha256": program.recipe_sha256,
                 "toolchain": toolchain,
+                "modules": _by_module({n: p.written.paths for n, p in made.items()}),
                 **({"state": state} if state else {}),
             },
         )
         package.write_spec(path, spec)
-        operators = package.operator_counts(spec)
+        details["operators"] = operators = package.operator_counts(spec)
         sha256, size = sha256_tree(path), size_tree(path)
+        if len(static) > 1:
+            details["size"] = {"shared_bytes": size, "separate_bytes": separate}
         return Artifact(
             target=self.name,
             path=path,
@@ -131,24 +157,16 @@ class CoreMLTarget:
             model=program.model,
             recipe_sha256=program.recipe_sha256,
             form=form,
-            inputs=static.inputs,
-            outputs=static.outputs,
+            inputs=main.inputs,
+            outputs=main.outputs,
             fusions={op.name: operators.get(op.name, 0) for op in ops},
             toolchain=toolchain,
             options=dict(options.extra),
-            details={
-                "batch": 1,
-                "deployment_target": system,
-                "operators": operators,
-                "arithmetic": "float16" if options.precision is Precision.FP16 else "float32",
-                "sites": [
-                    {"module": s.module_path, "form": c.form, "reason": c.reason}
-                    for s, c in zip(static.attentions, choices, strict=True)
-                ],
-            },
+            details=details,
             functions={
                 name: Function(path, sha256, size, f.inputs, f.outputs, state=f.state)
-                for name, f in functions.items()
+                for name, f in static.items()
+                if name != program.entry
             },
             entry=program.entry,
         )
@@ -183,15 +201,18 @@ class CoreMLTarget:
             "size_bytes": size_tree(path),
         }
 
-    def _check(self, spec: Any, program: LoweredProgram, function: str = "") -> None:
+    def _check(
+        self, spec: Any, program: LoweredProgram, function: str, image: ImageEnd | None
+    ) -> None:
         """Raise ConversionError unless the package has the program's ends and exact divisions."""
+        tensors = [s for s in program.inputs if image is None or s.name != image.name]
         for kind, found, wanted in zip(
             ("inputs", "outputs"),
             package.features(spec, function),
-            (program.inputs, program.outputs),
+            (tensors, list(program.outputs)),
             strict=True,
         ):
-            if found != list(wanted):
+            if found != wanted:
                 raise ConversionError(
                     f"convert coreml {program.model}: the {kind} are {_listed(found)};"
                     f" expected {_listed(wanted)}."
@@ -209,28 +230,48 @@ class CoreMLTarget:
             raise UnavailableError(f"convert coreml {model}: {found.reason}.", fix=found.fix)
 
 
-def _system(program: LoweredProgram, settings: CoreMLOptions, options: Options) -> str:
-    """Return the oldest system that can run the package.
+@dataclass(frozen=True)
+class _Part:
+    """One function of a package, saved on its own."""
 
-    Raises:
-        InputError: the recipe wants an older one than functions need.
-    """
-    if not program.functions:
-        return settings.deployment_target
-    if options.extra.get("deployment_target", MULTIFUNCTION) != MULTIFUNCTION:
-        raise InputError(
-            f"convert coreml {program.model}: deployment_target is {settings.deployment_target};"
-            f" expected {MULTIFUNCTION}, the first with several functions in a package.",
-            fix=f"deployment_target: {MULTIFUNCTION}, or `streaming: false` for forward alone",
+    path: Path
+    choices: tuple[Choice, ...]
+    image: ImageEnd | None
+    classes: tuple[str, ...]
+    written: Written
+
+    @classmethod
+    def make(
+        cls,
+        program: LoweredProgram,
+        precision: Precision,
+        settings: CoreMLOptions,
+        system: str,
+        path: Path,
+    ) -> _Part:
+        ops = installed_ops()
+        plain, choices = decompose(program, "coreml", ops, pinned=settings.form)
+        plain, image, classes = app_ends(plain, settings)
+        written = to_package(
+            plain,
+            precision,
+            system,
+            path,
+            image=image,
+            classes=classes,
+            keep_fp32=settings.keep_fp32,
         )
-    return MULTIFUNCTION
+        return cls(path, choices, image, classes, written)
 
 
-def _describe(spec: Any, short: str, entries: dict[str, Any]) -> None:
-    spec.description.metadata.shortDescription = short
-    for key, value in entries.items():
-        text = json.dumps(value, sort_keys=True)
-        spec.description.metadata.userDefined[package.PREFIX + key] = text
+def _by_module(functions: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:
+    """Return by function and module path the names of the results that came from it."""
+    table: dict[str, dict[str, list[str]]] = {}
+    for function, paths in functions.items():
+        table[function] = {}
+        for name, path in paths.items():
+            table[function].setdefault(path, []).append(name)
+    return table
 
 
 def _listed(specs: Sequence[TensorSpec]) -> str:

@@ -8,6 +8,8 @@ from importlib.metadata import version
 import numpy as np
 
 from flowexport.core.types import Artifact, RuntimeInfo, Session
+from flowexport.targets.coreml import package
+from flowexport.targets.coreml.ends import AppEnds
 from flowexport.targets.coreml.interpreter.arithmetic import Mode
 from flowexport.targets.coreml.interpreter.machine import Interpreter, Progress
 from flowexport.targets.coreml.interpreter.stats import OperatorStat, operator_stats
@@ -24,7 +26,8 @@ class InterpreterSession(Session):
         mode: ``exact``, ``fp16``, ``ftz`` or ``acc16``, see :class:`Mode`.
         function: of a multifunction package; None takes the default one.
         progress: called after every operator of every run.
-        module_paths: PyTorch module path of results by name, for messages.
+        module_paths: PyTorch module path of results by name, for messages; None takes
+            those that the package tells.
     """
 
     def __init__(
@@ -37,6 +40,9 @@ class InterpreterSession(Session):
         module_paths: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(artifact)
+        if module_paths is None:
+            told = function or artifact.entry
+            module_paths = package.module_paths(package.read_spec(artifact.path), told)
         self.interpreter = Interpreter(
             artifact.path,
             mode=mode,
@@ -45,6 +51,7 @@ class InterpreterSession(Session):
             model=artifact.model,
         )
         self._progress = progress
+        self._ends = AppEnds(artifact, native=False)
         self._states = self.interpreter.new_states()
 
     @property
@@ -71,14 +78,10 @@ class InterpreterSession(Session):
 
     def operator_stats(self, feeds: Mapping[str, np.ndarray]) -> list[OperatorStat]:
         """Run once and describe every float result: peak, subnormals, rank."""
-        return operator_stats(self.interpreter.run_with_values(feeds))
+        return operator_stats(self.interpreter.run_with_values(self._ends.feeds(feeds)))
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        results = self.interpreter.run(feeds, states=self._states, progress=self._progress)
-        # A classifier's dictionary is in label order, which is the program's own.
-        return {
-            name: np.asarray(list(value.values()), dtype=np.float32)
-            if isinstance(value, dict)
-            else np.asarray(value)
-            for name, value in results.items()
-        }
+        given = self._ends.feeds(feeds)
+        return self._ends.results(
+            self.interpreter.run(given, states=self._states, progress=self._progress)
+        )
