@@ -21,7 +21,6 @@ from flowexport_models.streaming import (
     attention_specs,
     attention_state,
     named_state,
-    prefix_sum,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +28,8 @@ from torch.nn import functional as F
 from flowexport.core.errors import InputError
 from flowexport.core.types import TensorSpec
 from flowexport.ops.flow_attention import VARIANTS
-from flowexport.ops.flow_attention.streaming import FlowState
+from flowexport.ops.flow_attention.causal_half import running_mean
+from flowexport.ops.flow_attention.streaming import FlowState, as_dtype
 
 FAMILY = "flowformer-causal-timeseries"
 
@@ -107,7 +107,7 @@ class FlowformerCausalTimeSeries(CausalModel):
     """Classifier that answers after every frame.
 
     State: ``frames`` (B, window − 1, feat_dim), the last frames; each layer's
-    sums; ``pool_sum`` (B, d_model), the sum over all steps; ``t``, their count.
+    means; ``pool_mean`` (B, d_model), the mean over all steps; ``t``, their count.
 
     Args:
         config: the sizes.
@@ -137,8 +137,7 @@ class FlowformerCausalTimeSeries(CausalModel):
         hidden = self.dropout(self.project(torch.cat(frames, dim=-1)))
         for layer in self.layers:
             hidden = layer(hidden)
-        count = torch.arange(1, length + 1, dtype=x.dtype, device=x.device).unsqueeze(1)
-        return self.head(self.dropout(prefix_sum(self.norm(hidden)) / count))
+        return self.head(self.dropout(running_mean(self.norm(hidden))))
 
     def _layers(self) -> list[CausalLayer]:
         return [layer for layer in self.layers if isinstance(layer, CausalLayer)]
@@ -153,21 +152,23 @@ class FlowformerCausalTimeSeries(CausalModel):
         return (
             TensorSpec("frames", ("batch", config.window - 1, config.feat_dim)),
             *layers,
-            TensorSpec("pool_sum", ("batch", config.d_model)),
+            TensorSpec("pool_mean", ("batch", config.d_model)),
             TensorSpec(STEPS_SEEN, (1,)),
         )
 
     def step(self, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Classify after one more frame, (B, feat_dim) -> (B, num_classes), next state."""
-        frames = torch.cat([state["frames"], x.unsqueeze(1)], dim=1)
+        kept = state["frames"]
+        frames = torch.cat([kept, as_dtype(x.unsqueeze(1), kept.dtype)], dim=1)
         following = {"frames": frames[:, 1:]}
-        hidden = self.project(frames.flatten(1))
+        hidden = self.project(as_dtype(frames.flatten(1), x.dtype))
         for i, layer in enumerate(self._layers()):
             hidden, own = layer.step(hidden, attention_state(f"layer{i}", state))
             following |= named_state(f"layer{i}", own)
-        following["pool_sum"] = state["pool_sum"] + self.norm(hidden)
-        following[STEPS_SEEN] = state[STEPS_SEEN] + 1
-        return self.head(following["pool_sum"] / following[STEPS_SEEN]), following
+        t, mean = state[STEPS_SEEN] + 1, state["pool_mean"]
+        following["pool_mean"] = mean + (as_dtype(self.norm(hidden), mean.dtype) - mean) / t
+        following[STEPS_SEEN] = t
+        return self.head(as_dtype(following["pool_mean"], x.dtype)), following
 
 
 def flowformer_causal_timeseries(**config: Any) -> FlowformerCausalTimeSeries:

@@ -1,7 +1,7 @@
 """Causal models that read a sequence step by step, with a state of fixed size.
 
 A causal model computes each step from the steps before it alone, and
-Flow-Attention keeps them as sums (:mod:`flowexport.ops.flow_attention.streaming`):
+Flow-Attention keeps them as running means (:mod:`flowexport.ops.flow_attention.streaming`):
 L calls of ``step`` equal one ``forward``, at a cost that does not grow with L.
 """
 
@@ -13,11 +13,9 @@ from collections.abc import Mapping
 import torch
 from flowexport_models.attention import FlowAttention
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flowexport.core.errors import InputError
 from flowexport.core.types import TensorSpec
-from flowexport.ops.flow_attention.causal import CHUNK, exclusive_prefix
 from flowexport.ops.flow_attention.streaming import FlowState
 
 STEPS_SEEN = "t"
@@ -44,10 +42,11 @@ class CausalModel(nn.Module, ABC):
 
         Args:
             x: (B, ...), one step of forward's input.
-            state: of :meth:`initial_state` or of the step before; not changed.
+            state: of :meth:`initial_state` or of the step before; not changed. It stays
+                float32 in a half model: a mean in half stops moving after about 2,000 steps.
 
         Returns:
-            The step's result, and the next state with the same names and shapes.
+            The step's result, and the next state with the same names, shapes and dtypes.
         """
 
     def initial_state(
@@ -72,8 +71,8 @@ def attention_specs(prefix: str, attention: FlowAttention) -> tuple[TensorSpec, 
             f"build {prefix}: the attention's variant is {variant}; expected a causal one with a"
             " clamp."
         )
-    sums = [(name, (width,)) for name in ("k_sum", "q_sum", "k_flow", "q_flow")]
-    shapes = [*sums, ("weight_sum", (1,)), ("context", (width, width))]
+    sums = [(name, (width,)) for name in ("k_mean", "q_mean", "k_flow", "q_flow")]
+    shapes = [*sums, ("weight_mean", (1,)), ("context", (width, width))]
     return tuple(TensorSpec(f"{prefix}_{n}", ("batch", heads, *shape)) for n, shape in shapes)
 
 
@@ -81,7 +80,7 @@ def attention_state(prefix: str, state: Mapping[str, Tensor]) -> FlowState:
     """Collect one attention's state from the model's."""
     own = {n: state[f"{prefix}_{n}"] for n in FlowState._fields if f"{prefix}_{n}" in state}
     # Not carried: the clamp makes the running maximum needless, and it stays 0.
-    unused = torch.zeros_like(own["weight_sum"])
+    unused = torch.zeros_like(own["weight_mean"])
     return FlowState(**own, weight_max=unused, t=state[STEPS_SEEN])
 
 
@@ -89,19 +88,3 @@ def named_state(prefix: str, state: FlowState) -> dict[str, Tensor]:
     """Return one attention's state under the model's names; the opposite of attention_state."""
     parts = state._asdict()
     return {f"{prefix}_{n}": v for n, v in parts.items() if n not in ("weight_max", STEPS_SEEN)}
-
-
-def prefix_sum(x: Tensor) -> Tensor:
-    """Sum over the steps up to each, (B, L, C) -> (B, L, C), as products with triangles.
-
-    ``cumsum`` would leave the fused kernels of mobile runtimes; L is static.
-    """
-    length = x.shape[1]
-    size = min(length, CHUNK)
-    triangle = torch.ones(size, size, dtype=x.dtype, device=x.device).tril()
-    if length <= CHUNK:
-        return triangle @ x
-    count = -(-length // CHUNK)
-    blocks = F.pad(x, (0, 0, 0, count * CHUNK - length)).unflatten(1, (count, CHUNK))
-    sums = triangle @ blocks + exclusive_prefix(blocks.sum(dim=2, keepdim=True))
-    return sums.flatten(1, 2)[:, :length]

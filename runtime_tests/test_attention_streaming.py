@@ -20,13 +20,17 @@ CAUSAL = {
 }
 
 
-def stream(q: Tensor, k: Tensor, v: Tensor, variant: FlowVariant) -> Tensor:
-    state = initial_state(variant, q.shape[0], q.shape[2], q.shape[3], v.shape[3], q.dtype)
+def stream(
+    q: Tensor, k: Tensor, v: Tensor, variant: FlowVariant, dtype: torch.dtype | None = None
+) -> Tensor:
+    sizes = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    state = initial_state(variant, *sizes, dtype or q.dtype)
     results = []
     for t in range(q.shape[1]):
         result, state = step(q[:, t], k[:, t], v[:, t], state, variant)
         results.append(result)
-    assert state.t.item() == q.shape[1]
+    seen = q.shape[1] if state.t.dtype is not torch.float16 else min(q.shape[1], 2048)
+    assert state.t.item() == seen, "half cannot count further"
     return torch.stack(results, 1)
 
 
@@ -79,16 +83,33 @@ def test_float32_does_not_drift_over_4096_steps() -> None:
     assert late <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["causal", "nlp", "rl"])
+def test_half_tokens_with_a_float32_state_do_not_drift_over_4096_steps(name: str) -> None:
+    """And the negative control: a half state does."""
+    variant = VARIANTS[name]
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4096, 1, 8, generator=g).half() for _ in range(3))
+    v = v + 0.25
+    truth = flow_attention_reference(q.double(), k.double(), v.double(), variant)
+    late = slice(-100, None)
+    scale = truth[:, late].abs().max()
+    result = stream(q, k, v, variant, torch.float32)
+    assert result.dtype == torch.float16
+    assert ((result.double() - truth)[:, late].abs().max() / scale).item() <= 2.0**-11
+    half = stream(q, k, v, variant, torch.float16)
+    assert ((half.double() - truth)[:, late].abs().max() / scale).item() > 1e-2
+
+
 def test_state_has_the_promised_shapes_and_is_not_changed() -> None:
     variant = VARIANTS["rl"]
     state = initial_state(variant, 2, 3, 4, 5)
     sizes = {name: tuple(t.shape) for name, t in state._asdict().items()}
     assert sizes == {
-        "k_sum": (2, 3, 4),
-        "q_sum": (2, 3, 4),
+        "k_mean": (2, 3, 4),
+        "q_mean": (2, 3, 4),
         "k_flow": (2, 3, 4),
         "q_flow": (2, 3, 4),
-        "weight_sum": (2, 3, 1),
+        "weight_mean": (2, 3, 1),
         "weight_max": (2, 3, 1),
         "context": (2, 3, 4, 5),
         "t": (1,),
@@ -103,12 +124,15 @@ def test_state_has_the_promised_shapes_and_is_not_changed() -> None:
 def test_another_models_state_is_told() -> None:
     variant = VARIANTS["causal"]
     q = torch.randn(1, 2, 4)
-    with pytest.raises(InputError, match=r"state k_sum has shape \(1, 3, 4\); expected \(1, 2, 4"):
+    with pytest.raises(InputError, match=r"state k_mean has shape \(1, 3, 4\); expected \(1, 2, 4"):
         step(q, q, q, initial_state(variant, 1, 3, 4, 4), variant)
     with pytest.raises(InputError, match=r"state context has shape .* expected \(1, 2, 4, 4\)"):
         step(q, q, q, initial_state(variant, 1, 2, 4, 5), variant)
-    with pytest.raises(InputError, match=r"dtype torch\.float64; expected torch\.float32"):
-        step(q, q, q, initial_state(variant, 1, 2, 4, 4, torch.float64), variant)
+    with pytest.raises(InputError, match=r"float16; expected one .* torch\.float32 or wider"):
+        step(q, q, q, initial_state(variant, 1, 2, 4, 4, torch.float16), variant)
+    mixed = initial_state(variant, 1, 2, 4, 4)._replace(q_mean=torch.zeros(1, 2, 4).double())
+    with pytest.raises(InputError, match=r"state q_mean has dtype torch\.float64"):
+        step(q, q, q, mixed, variant)
 
 
 def test_a_non_causal_variant_cannot_stream() -> None:

@@ -30,8 +30,11 @@ VISION = """
             ["tensorrt cannot carry the state", "coreml, onnx, tflite"],
         ),
         (
-            [("  onnx: {}\ntol", "  onnx: {precision: fp16}\ntol"), ("fp32: {", "fp16: {")],
-            ["streaming to onnx has precision fp16; expected fp32", "streaming: false"],
+            [
+                ("  onnx: {}\ntol", "  onnx: {precision: int8-weights}\ntol"),
+                ("fp32: {", "int8-weights: {"),
+            ],
+            ["precision int8-weights; expected"],
         ),
         (
             [(CAUSAL.strip("\n"), VISION.strip("\n"))],

@@ -22,8 +22,8 @@ from flowexport.core.streaming import Stream, StreamState
 from flowexport.core.types import Artifact, Verdict
 from flowexport.registry import TARGETS
 
-LAYER = ("k_sum", "q_sum", "k_flow", "q_flow", "weight_sum", "context")
-STATE = ("frames", *(f"layer0_{n}" for n in LAYER), "pool_sum", "t")
+LAYER = ("k_mean", "q_mean", "k_flow", "q_flow", "weight_mean", "context")
+STATE = ("frames", *(f"layer0_{n}" for n in LAYER), "pool_mean", "t")
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +131,8 @@ def test_a_state_that_does_not_fit_is_told_at_once(stream: Stream, reset: Stream
     with pytest.raises(InputError, match=r"state is of the model ffffffffffff…; expected [0-9a-f]"):
         stream.step(x, other)
     values = dict(reset.values)
-    wrong = {**values, "pool_sum": np.zeros((1, 9), np.float32)}
-    with pytest.raises(InputError, match=r"state: pool_sum has shape 1x9; expected batchx8\."):
+    wrong = {**values, "pool_mean": np.zeros((1, 9), np.float32)}
+    with pytest.raises(InputError, match=r"state: pool_mean has shape 1x9; expected batchx8\."):
         stream.step(x, replace(reset, values=wrong))
     wrong = {**values, "t": np.zeros(1)}
     with pytest.raises(InputError, match=r"t has dtype float64; expected float32"):

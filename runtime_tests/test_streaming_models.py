@@ -10,7 +10,7 @@ import torch
 from flowexport_models import build_model
 from flowexport_models.attention import FlowAttention
 from flowexport_models.flowformer_gpt import FlowformerGPT, FlowformerGPTConfig
-from flowexport_models.streaming import CausalModel, prefix_sum
+from flowexport_models.streaming import CausalModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -122,16 +122,10 @@ def test_steps_of_the_decision_transformers_layer_reproduce_the_golden_vectors()
     assert relative(torch.stack(results, 1), tensors["output"]) <= 1e-12
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 200])
-def test_prefix_sum_is_the_cumulative_sum(length: int) -> None:
-    x = torch.randn(2, length, 3, dtype=torch.float64)
-    assert torch.allclose(prefix_sum(x), x.cumsum(1), rtol=0, atol=1e-12)
-
-
 def test_wrong_states_and_sizes_are_told() -> None:
     model, other = classifier(9), classifier(9)
     state = model.initial_state(2)
-    with pytest.raises(InputError, match=r"state k_sum has shape \(2, 2, 8\); expected \(1, 2, 8"):
+    with pytest.raises(InputError, match=r"state k_mean has shape \(2, 2, 8\); expected \(1, 2, 8"):
         model.step(torch.randn(1, 5), {**state, "frames": torch.zeros(1, 2, 5)})
     assert other.max_steps is None and gpt()[0].max_steps is not None
     sizes = {"feat_dim": 5, "max_len": 9, "num_classes": 4}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from flowexport.core.errors import InputError
 from flowexport.core.streaming import Stream, StreamState
-from flowexport.core.types import STEP, Artifact, Options, Precision, TensorSpec
+from flowexport.core.types import STEP, Artifact, Options, TensorSpec
 from flowexport.lowering import LoweredProgram, lower_streaming
 from flowexport.parity.streaming import run_steps
 from flowexport.registry import OPS, TARGETS
@@ -97,19 +97,6 @@ def test_language_models_steps_on_onnx_runtime_reproduce_the_golden_vectors(
     assert relative(steps(artifact, model, "idx", idx), truth) <= 1e-5
     with TARGETS.get("onnx").load(artifact) as session:
         assert relative(session.run({"idx": idx})["logits"], truth) <= 1e-5
-
-
-def test_half_precision_is_refused() -> None:
-    model, _ = classifier()
-    with pytest.raises(InputError, match="streaming has precision fp16; expected fp32"):
-        lower_streaming(
-            model,
-            [TensorSpec("x", ("batch", 8, 3))],
-            ["logits"],
-            name="tiny",
-            ops=list(OPS.working().values()),
-            precision=Precision.FP16,
-        )
 
 
 def test_core_ml_functions_need_their_system(tmp_path: Path) -> None:

@@ -124,18 +124,22 @@ def _beside(path: Path, function: str) -> Path:
 
 
 class _HalfInside(nn.Module):
-    """A float16 model with float32 inputs and outputs."""
+    """A float16 model with float32 inputs and outputs; some inputs enter it as they are."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, wide: Sequence[bool]) -> None:
         super().__init__()
         self.half_inside = model.half()
+        self.wide = list(wide)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        halves = [x.half() if x.is_floating_point() else x for x in inputs]
-        result = self.half_inside(*halves)
+        entering = [
+            x.half() if x.is_floating_point() and not wide else x
+            for x, wide in zip(inputs, self.wide, strict=True)
+        ]
+        result = self.half_inside(*entering)
         if isinstance(result, torch.Tensor):
             return result.float()
-        return tuple(y.float() if y.is_floating_point() else y for y in result)
+        return tuple(y.float() if y.dtype is torch.float16 else y for y in result)
 
 
 def lower(
@@ -149,6 +153,7 @@ def lower(
     labels: Sequence[str] = (),
     preprocessing: Mapping[str, Any] | None = None,
     recipe_sha256: str = "",
+    wide: Sequence[str] = (),
 ) -> LoweredProgram:
     """Export a model into an inference graph with each attention as one node.
 
@@ -161,6 +166,7 @@ def lower(
         ops: the attention operators to look for.
         precision: dtype inside; inputs and outputs stay as their specs say.
         labels, preprocessing, recipe_sha256: carried into the artifacts.
+        wide: names of inputs that enter an FP16 model in float32 (a step's state).
 
     Raises:
         LoweringError: ``torch.export`` refused the model, or it has another
@@ -168,7 +174,7 @@ def lower(
     """
     model = model.eval()
     if precision is Precision.FP16:
-        model = _HalfInside(model).eval()
+        model = _HalfInside(model, [s.name in wide for s in inputs]).eval()
     names = sorted({d for spec in inputs for d in spec.shape if isinstance(d, str)})
     dims = {n: torch.export.Dim(n, min=1, max=4096 if n == "batch" else 65536) for n in names}
     # Two in every dynamic dimension: torch.export specialises on 0 and 1.

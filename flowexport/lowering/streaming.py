@@ -106,24 +106,19 @@ def lower_streaming(
         inputs: one, (batch, L, ...); L is the length of ``forward``.
         output_names: one.
         lengths: more lengths of forward.
-        precision: FP32; see Raises.
+        precision: of the weights and activations. A step's state is float32 in FP16 too, and
+            what moves it is computed in float32: a mean in half stops moving after about
+            2,000 steps.
         carried: labels, preprocessing and recipe_sha256, as :func:`lower` has them.
 
     Returns:
         The program of ``forward``, the others in its ``functions``.
 
     Raises:
-        InputError: as :func:`check_streaming`; or the precision is FP16, in which a state's
-            sums stop growing after about 2,000 steps.
+        InputError: as :func:`check_streaming`.
         LoweringError: ``torch.export`` refused the model.
     """
     check_streaming(model, inputs, output_names, lengths, f"lower {name}")
-    if precision is not Precision.FP32:
-        raise InputError(
-            f"lower {name}: streaming has precision {precision.value}; expected fp32: the state's"
-            " sums stop growing in half after about 2,000 steps.",
-            fix="--precision fp32",
-        )
     (sequence,) = inputs
 
     def at(length: int) -> list[TensorSpec]:
@@ -138,10 +133,49 @@ def lower_streaming(
         [*output_names, *(NEXT + s.name for s in state)],
         name=name,
         ops=ops,
+        precision=precision,
+        wide=[s.name for s in state],
         **carried,
     )
     step = replace(step, state={s.name: NEXT + s.name for s in state})
     first = int(sequence.shape[1])
     shapes = {FORWARD: at(first), **{forward_name(n): at(n) for n in lengths if n != first}}
-    forwards = lower_each(model, shapes, output_names, name=name, ops=ops, **carried)
+    carried.update(name=name, ops=ops, precision=precision)
+    forwards = lower_each(model, shapes, output_names, **carried)
     return replace(forwards.pop(FORWARD), functions={**forwards, STEP: step})
+
+
+def state_nodes(program: LoweredProgram) -> frozenset[str]:
+    """Return the names of a step's nodes that must stay float32 where the rest is half.
+
+    They are those on a path from a state to its own next value (``mean + (x - mean) / t``), and
+    those computed from states alone (``1 / t``). What a state is moved by may be half: it is
+    near 1, and its rounding averages out. A program that is no step has none.
+    """
+    graph = program.exported.graph
+    given = set(program.exported.graph_signature.user_inputs)
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name in given]
+    output = next(n for n in graph.nodes if n.op == "output")
+    entering = dict(zip((s.name for s in program.inputs), inputs, strict=True))
+    leaving = dict(zip((s.name for s in program.outputs), output.args[0], strict=True))
+    others = [n for n in inputs if n not in {entering[s] for s in program.state}]
+    found: set[torch.fx.Node] = set()
+    for name, following in program.state.items():
+        found |= _reached([entering[name]], forward=True) & _reached(
+            [leaving[following]], forward=False
+        )
+    from_state = _reached([entering[s] for s in program.state], forward=True)
+    found |= from_state - _reached(others, forward=True)
+    return frozenset(n.name for n in found if n.op == "call_function")
+
+
+def _reached(starts: Sequence[torch.fx.Node], *, forward: bool) -> set[torch.fx.Node]:
+    """Return what is computed from the nodes, or what they are computed from; themselves too."""
+    found, waiting = set(starts), list(starts)
+    while waiting:
+        node = waiting.pop()
+        for other in node.users if forward else node.all_input_nodes:
+            if other not in found:
+                found.add(other)
+                waiting.append(other)
+    return found

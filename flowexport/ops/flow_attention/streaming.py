@@ -1,12 +1,15 @@
 """Causal Flow-Attention one token at a time: an exact recurrence with a state of fixed size.
 
 Every prefix sum of the causal equations freezes at its own step, so a token
-needs the sums alone (arXiv 2202.06258; see :func:`flow_attention_reference`):
+needs the sums alone (arXiv 2202.06258; see :func:`flow_attention_reference`).
+The state holds them as running means, m += (x − m) / n, so that no entry grows
+with the stream; the factors n cancel as in
+:mod:`flowexport.ops.flow_attention.causal_half`:
 
-    k_sum += k_t;  q_sum += q_t                         (D)
-    x_t = n / ((q_t + ε) · (k_sum + ε));  y_t = n / ((k_t + ε) · (q_sum + ε))
-    k_flow += k_t y_t;  q_flow += q_t x_t               (D)
-    weight_sum += e_t;  context += k_tᵀ (e_t / weight_sum · n · v_t)
+    k_mean, q_mean: means of k, q                       (D)
+    i_t = (q_t + ε) · (k_mean + ε/n) + ε₂/n;  o_t = (k_t + ε) · (q_mean + ε/n) + ε₂/n
+    k_flow, q_flow: means of k / o, q / i               (D)
+    weight_mean: mean of e;  context: mean of kᵀ (e_t / weight_mean · v_t)
 """
 
 from __future__ import annotations
@@ -25,20 +28,20 @@ class FlowState(NamedTuple):
     """What a causal Flow-Attention layer remembers; the names are those of exported states.
 
     Attributes:
-        k_sum, q_sum: Σ k, Σ q, (B, H, D).
-        k_flow, q_flow: Σ k y, Σ q x, (B, H, D).
-        weight_sum: Σ exp(Ô − weight_max), (B, H, 1).
+        k_mean, q_mean: means of k, q, (B, H, D).
+        k_flow, q_flow: means of k / o, q / i, (B, H, D).
+        weight_mean: mean of exp(Ô − weight_max), (B, H, 1).
         weight_max: running maximum of Ô, (B, H, 1); stays 0 where the clamp
             makes it needless.
-        context: Σ kᵀ (c v), (B, H, D, M).
+        context: mean of kᵀ (c v), (B, H, D, M).
         t: tokens seen, (1,).
     """
 
-    k_sum: Tensor
-    q_sum: Tensor
+    k_mean: Tensor
+    q_mean: Tensor
     k_flow: Tensor
     q_flow: Tensor
-    weight_sum: Tensor
+    weight_mean: Tensor
     weight_max: Tensor
     context: Tensor
     t: Tensor
@@ -57,7 +60,7 @@ def initial_state(
     Args:
         variant: a causal one.
         batch, heads, width, value_width: B, H, D, M, all at least 1 (B may be 0).
-        dtype: of the state; float32 or float64 for long streams.
+        dtype: of the state and of the arithmetic; float32 or float64.
 
     Raises:
         InputError: the variant is not causal.
@@ -70,11 +73,11 @@ def initial_state(
     # A finite stand-in for −∞: files and runtimes carry it, and exp of it is 0.
     lowest = -1e4 if variant.needs_maximum else 0.0
     return FlowState(
-        k_sum=zeros(width),
-        q_sum=zeros(width),
+        k_mean=zeros(width),
+        q_mean=zeros(width),
         k_flow=zeros(width),
         q_flow=zeros(width),
-        weight_sum=zeros(1),
+        weight_mean=zeros(1),
         weight_max=zeros(1) + lowest,
         context=zeros(width, value_width),
         t=torch.zeros(1, dtype=dtype),
@@ -92,44 +95,60 @@ def step(
         variant: the one the state was made for.
 
     Returns:
-        The token's result, (B, H, M), and the next state.
+        The token's result, (B, H, M), of q's dtype, and the next state, of the state's.
 
     Raises:
         InputError: the state does not fit the token.
 
-    Numerics: the sums grow with t; in float32 the error stays at rounding
-    level for thousands of steps, in half they stagnate after about 2,000.
+    Numerics: computed in the state's dtype. In float32 the error stays at
+    rounding level for thousands of steps. A mean in half stops moving after
+    about 2,000 tokens, so a half model carries a float32 state.
     """
     _require_causal(variant)
     _check(q, k, v, state)
-    eps, outer = variant.eps, variant.outer_eps
+    dtype, wide = q.dtype, state.t.dtype
+    q, k, v = (as_dtype(x, wide) for x in (q, k, v))
     q, k = feature_map(q, variant), feature_map(k, variant)
-    q_eps, k_eps = q + eps, k + eps
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * (b + eps)).sum(dim=-1, keepdim=True) + outer
-
     t = state.t + 1
-    k_sum, q_sum = state.k_sum + k, state.q_sum + q
-    x, y = t / dot(q_eps, k_sum), t / dot(k_eps, q_sum)
-    k_flow, q_flow = state.k_flow + k * y, state.q_flow + q * x
-    allocation = (dot(q_eps, k_flow) / t).sigmoid()
-    flow = dot(k_eps, q_flow) / t
+    # Not 1.0 / t, which coremltools 9.0 turns into 1 / (t + 1e-4).
+    share = torch.ones_like(t) / t
+
+    def dot(a: Tensor, mean: Tensor) -> Tensor:
+        """(a + ε) · (mean + ε/n) + ε₂/n."""
+        product = (a + variant.eps) * (mean + variant.eps * share)
+        result = product.sum(dim=-1, keepdim=True)
+        return result + variant.outer_eps * share if variant.outer_eps else result
+
+    def moved(mean: Tensor, x: Tensor) -> Tensor:
+        return mean + (x - mean) * share
+
+    k_mean, q_mean = moved(state.k_mean, k), moved(state.q_mean, q)
+    normalized = q / dot(q, k_mean)
+    k_flow = moved(state.k_flow, k / dot(k, q_mean))
+    q_flow = moved(state.q_flow, normalized)
+    allocation = dot(q, k_flow).sigmoid()
+    flow = dot(k, q_flow)
     if variant.clamp is not None:
         flow = flow.clamp(*variant.clamp)
-    weight_max, weight_sum = state.weight_max, state.weight_sum
+    weight_max, weight_mean = state.weight_max, state.weight_mean
     if variant.needs_maximum:
-        # Earlier contributions are normalised by their own Σ e, so only Σ e is rescaled.
+        # Earlier contributions are normalised by their own mean of e, so only that is rescaled.
         weight_max = torch.maximum(weight_max, flow)
-        weight_sum = weight_sum * (state.weight_max - weight_max).exp()
+        weight_mean = weight_mean * (state.weight_max - weight_max).exp()
         weight = (flow - weight_max).exp()
     else:
         weight = flow.exp()
-    weight_sum = weight_sum + weight
-    valued = v * (weight / weight_sum * t)
-    context = state.context + k.unsqueeze(-1) * valued.unsqueeze(-2)
-    result = (q.unsqueeze(-2) @ context).squeeze(-2) * (x / t * allocation)
-    return result, FlowState(k_sum, q_sum, k_flow, q_flow, weight_sum, weight_max, context, t)
+    weight_mean = moved(weight_mean, weight)
+    valued = v * (weight / weight_mean)
+    context = moved(state.context, k.unsqueeze(-1) * valued.unsqueeze(-2))
+    result = (normalized.unsqueeze(-2) @ context).squeeze(-2) * allocation
+    following = FlowState(k_mean, q_mean, k_flow, q_flow, weight_mean, weight_max, context, t)
+    return as_dtype(result, dtype), following
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype; x itself, without a node in an exported graph, where it has it."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _require_causal(variant: FlowVariant) -> None:
@@ -145,8 +164,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, state: FlowState) -> None:
         )
     batch, heads, width = q.shape
     wanted = {
-        **dict.fromkeys(("k_sum", "q_sum", "k_flow", "q_flow"), (batch, heads, width)),
-        **dict.fromkeys(("weight_sum", "weight_max"), (batch, heads, 1)),
+        **dict.fromkeys(("k_mean", "q_mean", "k_flow", "q_flow"), (batch, heads, width)),
+        **dict.fromkeys(("weight_mean", "weight_max"), (batch, heads, 1)),
         "context": (batch, heads, width, v.shape[2]),
         "t": (1,),
     }
@@ -157,7 +176,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, state: FlowState) -> None:
                 f" expected {tuple(wanted[name])}.",
                 fix="start from initial_state of the same model",
             )
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != state.t.dtype or torch.promote_types(q.dtype, tensor.dtype) != (
+            tensor.dtype
+        ):
             raise InputError(
-                f"flow attention: state {name} has dtype {tensor.dtype}; expected {q.dtype}."
+                f"flow attention: state {name} has dtype {tensor.dtype}; expected one for the"
+                f" whole state, {q.dtype} or wider."
             )
