@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flowexport.bundle import Bundle, Staging, output_errors
 from flowexport.calibration import write_samples
 from flowexport.core.errors import ConversionError, InputError, UnknownNameError
+from flowexport.core.pixels import round_feeds
 from flowexport.core.reports import LatencyReport, ParityReport, verdict_of
 from flowexport.core.types import Precision, TensorSpec, Verdict, float_precision
 from flowexport.evidence import (
@@ -286,6 +287,7 @@ def _write_references(plan: Plan, root: Path, progress: Progress) -> None:
     cases: dict[str, dict[str, Any]] = dict(
         parity.make_cases(spec.inputs, subject.dataset, seed=plan.recipe.seed)
     )
+    cases = {name: round_feeds(feeds, plan.pixels) for name, feeds in cases.items()}
     names = list(spec.output_names)
     expected = parity.reference_outputs(
         subject.module, cases, names, progress=lambda done, total: progress.step(done, total)

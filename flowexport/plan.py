@@ -16,6 +16,7 @@ from flowexport.core.errors import (
     UnavailableError,
     UnknownNameError,
 )
+from flowexport.core.pixels import Pixels, round_dataset
 from flowexport.core.types import Availability, Options, Precision, TensorSpec, float_precision
 from flowexport.rangecheck import (
     COMPUTES_WIDE,
@@ -36,6 +37,7 @@ class Plan:
         options: what will be converted, by target.
         not_run: targets of the recipe that cannot be converted here, with the reason.
         checks: by target that computes in half, whether its attentions survive that.
+        pixels: inputs that an artifact takes as 8-bit images; the cases are whole pixels then.
     """
 
     recipe: Recipe
@@ -45,6 +47,7 @@ class Plan:
     not_run: Mapping[str, Availability]
     threads: int
     checks: Mapping[str, TargetCheck] = field(default_factory=dict)
+    pixels: Mapping[str, Pixels] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as ``convert --dry-run --json`` prints it."""
@@ -145,6 +148,9 @@ def make_plan(
         _check_streaming(recipe, options, not_run, named)
     if len(subject.buckets or ()) > 1:
         _check_functions(recipe, options, not_run, named, "buckets", "hold several lengths")
+    pixels = _check_model(recipe, subject, options)
+    if pixels and subject.dataset is not None:
+        subject = replace(subject, dataset=round_dataset(subject.dataset, pixels))
     checks = _check_ranges(subject, options) if check else {}
     for name, found in checks.items():
         found.require_safe(subject.spec.name)
@@ -159,7 +165,30 @@ def make_plan(
         not_run=not_run,
         threads=threads or recipe.bench.threads,
         checks=checks,
+        pixels=pixels,
     )
+
+
+def _check_model(
+    recipe: Recipe, subject: Subject, options: Mapping[str, Options]
+) -> dict[str, Pixels]:
+    """Have each target refuse what this model cannot have in its format.
+
+    Returns:
+        The inputs that some target's artifact takes as 8-bit images.
+    """
+    several = subject.lengths is not None or len(subject.buckets or ()) > 1
+    pixels: dict[str, Pixels] = {}
+    for name, asked in options.items():
+        check = getattr(TARGETS.get(name), "check_model", None)
+        if check is None:
+            continue
+        try:
+            pixels |= check(subject.spec, asked, several)
+        except FlowExportError as error:
+            where = recipe.where("targets", name)
+            raise RecipeError(f"{where}: {error.message}", fix=error.fix) from error
+    return pixels
 
 
 def _check_ranges(subject: Subject, options: Mapping[str, Options]) -> dict[str, TargetCheck]:

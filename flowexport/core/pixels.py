@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from flowexport.core.errors import InputError
-from flowexport.core.types import TensorSpec
+from flowexport.core.types import Dataset, TensorSpec
 
 COLORS = {1: "grayscale", 3: "RGB"}
 WHOLE = 1e-3
@@ -111,3 +111,16 @@ class Pixels:
     @staticmethod
     def _column(numbers: tuple[float, ...]) -> np.ndarray:
         return np.asarray(numbers, np.float64)[:, None, None]
+
+
+def round_feeds(
+    feeds: Mapping[str, np.ndarray], pixels: Mapping[str, Pixels]
+) -> dict[str, np.ndarray]:
+    """Return feeds whose images are what an app can give: the nearest 8-bit pixels."""
+    return {n: pixels[n].nearest(v) if n in pixels else v for n, v in feeds.items()}
+
+
+def round_dataset(dataset: Dataset, pixels: Mapping[str, Pixels]) -> Dataset:
+    """Return the set with its images rounded to 8-bit pixels, and say so in its attribution."""
+    told = f"{dataset.attribution} Rounded to 8-bit pixels here."
+    return replace(dataset, inputs=round_feeds(dataset.inputs, pixels), attribution=told)

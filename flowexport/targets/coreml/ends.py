@@ -10,7 +10,7 @@ import numpy as np
 
 from flowexport.core.errors import InputError, VerificationError
 from flowexport.core.pixels import Pixels
-from flowexport.core.types import Artifact, Precision
+from flowexport.core.types import Artifact, Precision, TensorSpec
 from flowexport.lowering import LoweredProgram, add_probabilities, divide_input
 from flowexport.targets.coreml.options import CoreMLOptions
 
@@ -45,16 +45,17 @@ class ImageEnd:
     @property
     def scale(self) -> float:
         std = self.pixels.std
-        return self.pixels.step / (std[0] if self._one_std else 1.0)
+        return self.pixels.step / (std[0] if self.one_std else 1.0)
 
     @property
     def bias(self) -> list[float]:
         """What is added to ``scale * pixel``, a channel."""
-        std = self.pixels.std[0] if self._one_std else 1.0
+        std = self.pixels.std[0] if self.one_std else 1.0
         return [(self.pixels.low - m) / std for m in self.pixels.mean]
 
     @property
-    def _one_std(self) -> bool:
+    def one_std(self) -> bool:
+        """Whether one number divides all channels, which the scale can do."""
         return len(set(self.pixels.std)) == 1
 
     def ct_type(self) -> Any:
@@ -124,16 +125,27 @@ def check_classifier(labels: Sequence[str], where: str) -> None:
         )
 
 
-def _image(program: LoweredProgram, where: str) -> tuple[LoweredProgram, ImageEnd]:
-    if len(program.inputs) != 1:
-        names = ", ".join(s.name for s in program.inputs)
+def image_input(
+    inputs: Sequence[TensorSpec], preprocessing: Mapping[str, Any], where: str
+) -> dict[str, Pixels]:
+    """Return the one input, which must be an image, with how its pixels become values.
+
+    Raises:
+        InputError: there are several inputs, or this one is no image.
+    """
+    if len(inputs) != 1:
+        names = ", ".join(s.name for s in inputs)
         raise InputError(f"{where}: image is asked for, but the inputs are {names}; expected one.")
-    spec = program.inputs[0]
-    pixels = Pixels.of(program.preprocessing, spec, where)
-    end = ImageEnd(spec.name, int(spec.shape[2]), int(spec.shape[3]), pixels, "")
-    if end._one_std:
+    return {inputs[0].name: Pixels.of(preprocessing, inputs[0], where)}
+
+
+def _image(program: LoweredProgram, where: str) -> tuple[LoweredProgram, ImageEnd]:
+    ((name, pixels),) = image_input(program.inputs, program.preprocessing, where).items()
+    height, width = (int(d) for d in program.inputs[0].shape[2:])
+    end = ImageEnd(name, height, width, pixels, "")
+    if end.one_std:
         return program, end
-    program, place = divide_input(program, spec.name, pixels.std)
+    program, place = divide_input(program, name, pixels.std)
     return program, replace(end, folded=place)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from flowexport.core.errors import InputError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import TensorSpec
+from flowexport.targets.coreml.sdk import quiet
 
 MODEL_FILE = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS_FOLDER = "Data/com.apple.CoreML/weights"
@@ -36,6 +37,7 @@ def read_spec(path: Path) -> Any:
         raise InputError(f"inspect coreml: {path} does not exist.")
     if not path.is_dir() or not (path / MANIFEST_FILE).is_file():
         raise InputError(f"inspect coreml: {path} is no .mlpackage (it has no {MANIFEST_FILE}).")
+    quiet()
     from coremltools.proto import Model_pb2
 
     spec = Model_pb2.Model()

@@ -11,11 +11,13 @@ from typing import Any
 
 from flowexport.core.errors import ConversionError, UnavailableError
 from flowexport.core.hashing import sha256_tree, size_tree
+from flowexport.core.pixels import Pixels
 from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
     Artifact,
     Availability,
     Function,
+    ModelSpec,
     Options,
     Precision,
     Session,
@@ -27,7 +29,7 @@ from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
 from flowexport.targets.coreml.convert import Written, join_packages, require_dtypes, to_package
 from flowexport.targets.coreml.describe import describe
-from flowexport.targets.coreml.ends import ImageEnd, app_ends
+from flowexport.targets.coreml.ends import ImageEnd, app_ends, check_classifier, image_input
 from flowexport.targets.coreml.options import FUNCTIONS, PRECISIONS, CoreMLOptions
 from flowexport.targets.coreml.places import require_kept
 from flowexport.targets.coreml.session import INTERPRETED, on_macos, open_session
@@ -59,6 +61,25 @@ class CoreMLTarget:
     def validate(self, options: Options) -> None:
         """Raise InputError or UnknownNameError for what Core ML does not support."""
         CoreMLOptions.parse(options)
+
+    def check_model(self, spec: ModelSpec, options: Options, several: bool) -> dict[str, Pixels]:
+        """Refuse, before any long work, what a package of this model cannot have.
+
+        Args:
+            several: whether the package holds several functions.
+
+        Returns:
+            The inputs that the package takes as 8-bit images.
+
+        Raises:
+            InputError: the deployment target, the labels, or the inputs do not fit.
+        """
+        settings = CoreMLOptions.parse(options)
+        where = f"convert coreml {spec.name}"
+        settings.system(where, *([FUNCTIONS] if several else []))
+        if settings.classifier:
+            check_classifier(spec.labels, where)
+        return image_input(spec.inputs, spec.preprocessing, where) if settings.image else {}
 
     def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
         """Write ``<model>.mlpackage`` under ``out``: batch 1, named float32 inputs and outputs.
@@ -120,7 +141,7 @@ class CoreMLTarget:
         for name, part in static.items():
             function = name if len(static) > 1 else ""
             self._check(spec, part, function, first.image)
-            if settings.keep_fp32:
+            if made[name].written.kept:
                 kept = require_kept(
                     spec, made[name].written.kept, function or "main", program.model
                 )
