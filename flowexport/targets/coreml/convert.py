@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import numpy as np
 from flowexport.core.errors import ConversionError, InputError
 from flowexport.core.types import Precision, TensorSpec
 from flowexport.lowering import LoweredProgram
+from flowexport.lowering.streaming import state_nodes
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml.ends import LABEL, SOFTMAX, ImageEnd
-from flowexport.targets.coreml.places import half_selector, named_results, number_nodes
+from flowexport.targets.coreml.places import STATE, half_selector, named_results, number_nodes
 
 _INPUT_DTYPES = ("float32", "float16", "int32")
 
@@ -151,7 +152,10 @@ def to_package(
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     _register_operators()
     exported = program.exported.run_decompositions({})
-    places = number_nodes(exported, [str(op.overload) for op in installed_ops()])
+    state = state_nodes(replace(program, exported=exported)) if precision is Precision.FP16 else ()
+    places = number_nodes(exported, [str(op.overload) for op in installed_ops()], state)
+    if state:
+        keep_fp32 = (*keep_fp32, STATE)
     compute: Any = {Precision.FP32: ct.precision.FLOAT32, Precision.FP16: ct.precision.FLOAT16}[
         precision
     ]

@@ -4,7 +4,7 @@ stays in float32."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,21 +17,31 @@ from flowexport.lowering.program import module_path
 ATTENTION = "attention"
 """The rule that means every operator that an attention node became."""
 
+STATE = "state"
+"""The rule that means what moves a step's state; see ``lowering.streaming.state_nodes``."""
+
 
 @dataclass(frozen=True)
 class Place:
-    """Origin of an operator: its module's path, and whether an attention node became it."""
+    """Origin of an operator: its module's path, and whether an attention node became it.
+
+    ``state``: whether it moves a step's state.
+    """
 
     path: str
     attention: bool
+    state: bool = False
 
 
-def number_nodes(exported: ExportedProgram, attentions: Iterable[str]) -> dict[int, Place]:
+def number_nodes(
+    exported: ExportedProgram, attentions: Iterable[str], state: Collection[str] = ()
+) -> dict[int, Place]:
     """Number a graph's nodes, as coremltools carries them along, and say where each is from.
 
     Args:
         exported: changed: every node gets a ``debug_handle``.
         attentions: the attention operators (``flowexport.flow_attention.default``).
+        state: names of the nodes that move a step's state.
     """
     wanted = set(attentions)
     places = {}
@@ -45,7 +55,7 @@ def number_nodes(exported: ExportedProgram, attentions: Iterable[str]) -> dict[i
             source = sources.pop()
             seen.add(source.target)
             sources += source.from_node or ()
-        places[number] = Place(module_path(node), bool(seen & wanted))
+        places[number] = Place(module_path(node), bool(seen & wanted), node.name in state)
     return places
 
 
@@ -65,6 +75,8 @@ def fits(rule: str, op_type: str, place: Place | None) -> bool:
         return False
     if rule == ATTENTION:
         return place.attention
+    if rule == STATE:
+        return place.state
     return fnmatchcase(place.path, rule) or place.path.startswith(f"{rule}.")
 
 
