@@ -1,8 +1,9 @@
 """The process that builds one engine; see :mod:`flowexport.targets.tensorrt.builder`.
 
-``python -P -m flowexport.targets.tensorrt.build REQUEST RESULT``, both JSON
-files; imports no torch, so that it starts fast and its memory is its own.
-TensorRT writes its verbose log to stderr, and may end the process.
+``python -P -m flowexport.targets.tensorrt.build REQUEST RESULT FD``: two JSON
+files, and an open descriptor for the steps. Imports no torch, so that it
+starts fast and its memory is its own. TensorRT writes its verbose log to
+stderr, and may end the process.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from flowexport.targets.tensorrt.adapter import adapter
 
 PR_SET_PDEATHSIG = 1
 ADDR_NO_RANDOMIZE = 0x0040000
-PROGRESS = "flowexport progress: "
+STEP = "flowexport step: "
 
 
-def build(request: dict[str, Any]) -> dict[str, Any]:
-    """Build and write one engine; returns ``{"error"}`` or what was built."""
+def build(request: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Build and write one engine; returns ``{"error"}`` or what was built.
+
+    Args:
+        steps: descriptor that takes one line a step of the build.
+    """
     trt = importlib.import_module(request["module"])
     # The first logger made is the process's own: later ones are ignored.
     logger = trt.Logger(trt.Logger.VERBOSE)
@@ -58,7 +63,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
             refused = True
         if refused:
             return {"error": f"the builder refuses optimization profile {index}: {shapes}"}
-    config.progress_monitor = _monitor(trt)
+    config.progress_monitor = _monitor(trt, steps)
     if plugin and plugin["embed"]:
         config.plugins_to_serialize = [plugin["library"]]
     started = time.monotonic()
@@ -90,8 +95,8 @@ def _register(trt: Any, plugin: dict[str, Any]) -> list[str]:
     return register_plugin(trt).failures
 
 
-def _monitor(trt: Any) -> Any:
-    """Return a progress monitor that writes one line a finished step of a phase to stderr."""
+def _monitor(trt: Any, descriptor: int) -> Any:
+    """Return a progress monitor that writes one line a finished step of a phase."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -102,8 +107,8 @@ def _monitor(trt: Any) -> Any:
             self.steps[phase] = steps
 
         def step_complete(self, phase: str, step: int) -> bool:
-            line = f"{PROGRESS}{phase} {step + 1}/{self.steps.get(phase, 0)}"
-            print(line, file=sys.stderr, flush=True)
+            line = f"{STEP}{phase} {step + 1}/{self.steps.get(phase, 0)}\n"
+            os.write(descriptor, line.encode())
             return True
 
         def phase_finish(self, phase: str) -> None:
@@ -140,7 +145,7 @@ def main(arguments: list[str]) -> int:
     fix_addresses()
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
-        result = build(request)
+        result = build(request, int(arguments[2]))
     except FlowExportError as error:
         result = {"refused": error.message, "fix": error.fix}
     except MemoryError:

@@ -125,7 +125,8 @@ def build_engine(sdk: SDK, request: Request, engine: Path) -> Build:
     asked.write_text(json.dumps(_to_json(sdk, request, engine)), encoding="utf-8")
     # Relative names: the length of a path moves addresses, and they are in the engine.
     module = "flowexport.targets.tensorrt.build"
-    command = [sys.executable, "-P", "-m", module, asked.name, result.name]
+    steps = os.dup(2)  # a converter's log: who shows progress reads it there
+    command = [sys.executable, "-P", "-m", module, asked.name, result.name, str(steps)]
     environment = None
     if request.plugin is not None:
         environment = builder_environment(sdk.module, folder / "lib", start=folder)
@@ -137,7 +138,9 @@ def build_engine(sdk: SDK, request: Request, engine: Path) -> Build:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
+            pass_fds=(steps,),
         )
+        os.close(steps)
         try:
             code = child.wait(request.timeout)
         except subprocess.TimeoutExpired:
@@ -255,13 +258,6 @@ def _last_words(log: str, count: int = 5) -> str:
     said = []
     for line in log.splitlines():
         prefix = _PREFIX.match(line)
-        if (
-            line.strip()
-            and not line.startswith(_PROGRESS)
-            and (prefix is None or prefix["level"] in "EF")
-        ):
+        if line.strip() and (prefix is None or prefix["level"] in "EF"):
             said.append(_PREFIX.sub("", line).strip()[:300])
     return " The builder's last lines: " + " | ".join(said[-count:]) if said else ""
-
-
-_PROGRESS = "flowexport progress: "

@@ -23,6 +23,7 @@ class TensorRTTarget:
 
     name = "tensorrt"
     suffix = ".engine"
+    has_plugin = True
     precisions: tuple[Precision, ...] = PRECISIONS
 
     def probe(self) -> Availability:
