@@ -265,11 +265,11 @@ def _check_streaming(
     """Refuse what cannot carry a state; a target that nobody named is left out with the reason."""
     for name, asked in options.items():
         where = recipe.where("targets", name)
-        if asked.precision is not Precision.FP32:
+        if asked.precision.quantised:
             raise InputError(
                 f"{where}: streaming to {name} has precision {asked.precision.value}; expected"
-                " fp32: the state's sums stop growing in half after about 2,000 steps.",
-                fix="--precision fp32, or `streaming: false` for forward alone",
+                " fp32 or fp16.",
+                fix="--precision fp16, or `streaming: false` for forward alone",
             )
     carry = "carry the state of a causal model's step"
     _check_functions(recipe, options, not_run, named, "streaming", carry)
