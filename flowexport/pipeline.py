@@ -32,7 +32,7 @@ from flowexport.evidence import (
 )
 from flowexport.manifest import make_manifest
 from flowexport.plan import Plan, make_plan
-from flowexport.process import Conversion, convert_in_child
+from flowexport.process import Conversion, convert_in_child, last_step
 from flowexport.progress import SILENT, Progress
 from flowexport.recipes import Recipe
 from flowexport.registry import OPS, TARGETS
@@ -87,6 +87,7 @@ def convert(
     verify: bool = True,
     bench: bool = True,
     check: bool = True,
+    plugin: bool = True,
     calibration: str | Path | None = None,
     max_accuracy_drop: float | None = None,
     require: Sequence[str] = (),
@@ -107,6 +108,7 @@ def convert(
         check: refuse fp16 where no form of an attention survives it.
         calibration: samples for int8-static: a data set's name or a ``.npz`` file.
         max_accuracy_drop: points (0..100) of accuracy that may be lost on the evaluation set.
+        plugin: False builds attentions from the runtime's own layers where a target has a plugin.
         require: targets that must convert, and run, here.
         threads: of the runtimes that are verified and measured.
 
@@ -129,6 +131,7 @@ def convert(
         threads=threads,
         require=require,
         check=check,
+        plugin=plugin,
         calibration=calibration,
         max_accuracy_drop=max_accuracy_drop,
     )
@@ -350,8 +353,8 @@ def _convert_all(
             program=work / f"program-{computed.value}.pt2",
             options=replace(options, calibration=samples),
             root=root,
-            log=root / "logs" / f"{name}.log",
-            tick=lambda seconds: progress.step(seconds, None),
+            log=(log := root / "logs" / f"{name}.log"),
+            tick=lambda seconds, log=log: progress.step(seconds, None, last_step(log)),  # type: ignore[misc]
         )
     return conversions
 

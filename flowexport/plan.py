@@ -93,6 +93,7 @@ def make_plan(
     check: bool = True,
     calibration: str | Path | None = None,
     max_accuracy_drop: float | None = None,
+    plugin: bool = True,
 ) -> Plan:
     """Settle what will be converted, and build the model; see :func:`flowexport.convert`.
 
@@ -120,6 +121,9 @@ def make_plan(
         availability = _check_target(recipe, name)
         if availability.converts:
             options[name] = recipe.options(name)
+            if not plugin and getattr(TARGETS.get(name), "has_plugin", False):
+                extra = {**options[name].extra, "plugin": False}
+                options[name] = replace(options[name], extra=extra)
         elif name in targets or name in require:
             raise UnavailableError(
                 f"convert {name} {recipe.name}: the target is not available:"

@@ -42,6 +42,9 @@ def convert(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Convert fp16 that `flowexport check` calls unsafe.")
     ] = False,
+    no_plugin: Annotated[
+        bool, typer.Option("--no-plugin", help="TensorRT: attention from its own layers.")
+    ] = False,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -80,6 +83,7 @@ def convert(
             threads=threads,
             require=require,
             check=not no_check,
+            plugin=not no_plugin,
             calibration=calibration,
             max_accuracy_drop=max_accuracy_drop,
         )
@@ -108,6 +112,7 @@ def _document(result: Result) -> dict[str, Any]:
         keys = ("path", "sha256", "size_bytes", "precision", "form", "fusions")
         targets[name] = {
             **{k: entry.get(k) for k in keys},
+            "notes": _notes(entry),
             **(result.parity[name].summary() if name in result.parity else {}),
             "latency": result.latency[name].summary() if name in result.latency else None,
         }
@@ -121,6 +126,11 @@ def _document(result: Result) -> dict[str, Any]:
     }
 
 
+def _notes(entry: Mapping[str, Any]) -> list[str]:
+    """Return what a target did otherwise than asked, and what mends it."""
+    return list(entry.get("details", {}).get("notes", ()))
+
+
 def _print_result(result: Result) -> None:
     from flowexport.report import summary_table
 
@@ -128,6 +138,9 @@ def _print_result(result: Result) -> None:
     sizes = {n: t["size_bytes"] for n, t in result.manifest["targets"].items()}
     title = f"{result.manifest['name']}: {result.verdict.value}"
     console.print(summary_table(result.parity, result.latency, sizes, title=title))
+    for name, entry in result.manifest["targets"].items():
+        for note in _notes(entry):
+            console.print(f"note: {name}: {note}", markup=False, soft_wrap=True)
     console.print(f"bundle: {result.bundle}", markup=False, soft_wrap=True)
     console.print(f"report: {result.bundle / 'report.html'}", markup=False, soft_wrap=True)
 
