@@ -21,6 +21,7 @@ from flowexport.registry import TARGETS
 
 if TYPE_CHECKING:
     from flowexport.parity import Bucket, Evaluation, Golden, SavedStream
+    from flowexport.runners import Machine
 
 NOT_VERIFIED = "verification was switched off (--no-verify)"
 
@@ -87,10 +88,14 @@ def verify_all(
     progress: Progress,
     *,
     check_hash: bool = True,
+    machine: Machine | None = None,
+    samples: int | None = None,
 ) -> dict[str, ParityReport]:
     """Verify artifacts one by one.
 
     Args:
+        machine: where the runtimes run; here where None.
+        samples: as many of the evaluation set alone, and few steps of a stream.
         check_hash: False in this project's own test of damaged files alone; no command has it.
     """
     from flowexport import parity
@@ -99,6 +104,8 @@ def verify_all(
     golden, evaluation = references(root, manifest)
     stream = saved_stream(root, manifest)
     buckets = saved_buckets(root, manifest, evaluation)
+    if samples is not None:
+        evaluation, stream, buckets = parity.shorten(evaluation, stream, buckets, samples)
     reports = {}
     for name, artifact in artifacts.items():
         progress.stage(f"verify {name}")
@@ -108,6 +115,13 @@ def verify_all(
         except FlowExportError as error:
             reports[name] = skipped(name, manifest, error.message, error.fix)
             continue
+        if machine is not None:
+            from flowexport.runners import RunnerTarget
+
+            target = RunnerTarget(target, machine)
+            if (refusal := target.refusal(artifact)) is not None:
+                reports[name] = skipped(name, manifest, refusal.message, refusal.fix)
+                continue
         reports[name] = parity.verify_artifact(
             target,
             artifact,

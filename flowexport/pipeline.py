@@ -185,16 +185,29 @@ def verify(
     require: Sequence[str] = (),
     threads: int | None = None,
     save: bool = False,
+    runner: str | None = None,
+    samples: int | None = None,
     progress: Progress = SILENT,
 ) -> Result:
     """Check every artifact of a bundle against its hash, golden outputs and evaluation set.
 
     Args:
         save: also write the findings into the bundle's report.
+        runner: where the runtimes run instead of here, one of ``flowexport.runners.RUNNERS``;
+            it is set up first.
+        samples: as many of the evaluation set alone; an emulator gets 32 where None.
 
     Raises:
         BundleError: the path is no bundle, or its reference data is damaged.
+        InputError: ``save`` with a runner, whose findings are not this machine's.
+        UnavailableError: the runner cannot be had here.
     """
+    if save and (runner is not None or samples is not None):
+        raise InputError(
+            f"verify: --save with {'--runner' if runner else '--samples'} would replace this"
+            " machine's whole findings; expected one of the two.",
+            fix="leave --save out, and keep the output of --json",
+        )
     opened = Bundle.open(Path(bundle))
     manifest = opened.manifest
     absent = not_converted(manifest)
@@ -207,7 +220,17 @@ def verify(
     artifacts = {n: a for n, a in opened.artifacts().items() if n in chosen}
     check_files(opened)
     count = _threads(threads, manifest)
-    parity = verify_all(artifacts, manifest, opened.path, count, progress)
+    machine = None
+    if runner is not None:
+        from flowexport.runners import EMULATED_SAMPLES, prepare
+
+        progress.stage(f"set up {runner}")
+        machine = prepare(runner, lambda what: progress.step(0, None, what))
+        if machine.execution == "emulated" and samples is None:
+            samples = EMULATED_SAMPLES
+    parity = verify_all(
+        artifacts, manifest, opened.path, count, progress, machine=machine, samples=samples
+    )
     parity |= {n: r for n, r in absent.items() if n in chosen}
     result = Result(opened.path, manifest, parity, {}, tuple(require))
     if save:

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "baseline": {"core", "ops", "lowering", "parity", "bench", "recipes", "registry", "<top>"},
     "recipes": {"core"},
     "registry": {"core", "ops"},
+    "runners": {"core"},
     "models": {"core", "ops"},
 }
 # The pipeline's level sees all of them; the CLI sees the pipeline's level too.

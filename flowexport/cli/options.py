@@ -62,6 +62,24 @@ Verbose = Annotated[
 Save = Annotated[
     bool, typer.Option("--save", help="Also write the findings into the bundle's report.")
 ]
+Runner = Annotated[
+    str | None,
+    typer.Option(
+        "--runner",
+        metavar="R",
+        help="Run on qemu-aarch64 (emulated ARM) or tflite-2.14 (an old runtime) instead;"
+        " set up on first use.",
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        min=1,
+        metavar="N",
+        help="Only the first N samples of the evaluation set [all; emulated: 32].",
+    ),
+]
 BundlePath = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="A folder made by `flowexport convert`.")
 ]

@@ -12,6 +12,8 @@ def verify(
     require: options.Require = [],  # noqa: B006
     threads: options.Threads = None,
     save: options.Save = False,
+    runner: options.Runner = None,
+    samples: options.Samples = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> int:
@@ -21,7 +23,14 @@ def verify(
 
     with show_progress(verbose) as progress:
         result = pipeline.verify(
-            bundle, targets=target, require=require, threads=threads, save=save, progress=progress
+            bundle,
+            targets=target,
+            require=require,
+            threads=threads,
+            save=save,
+            runner=runner,
+            samples=samples,
+            progress=progress,
         )
     if json:
         print_json(

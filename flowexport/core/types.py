@@ -261,6 +261,8 @@ class RuntimeInfo:
     @property
     def label(self) -> str:
         suffix = "" if self.execution == "native" else f" ({self.execution})"
+        if suffix and "runner" in self.details:
+            suffix = f" {self.execution} ({self.details['runner']})"
         return f"{self.name} {self.version}{suffix}"
 
     def to_json(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from flowexport.parity.buckets import Bucket, fit_lengths, read_buckets, real_st
 from flowexport.parity.cases import make_cases
 from flowexport.parity.metrics import compare
 from flowexport.parity.reference import reference_outputs
+from flowexport.parity.shorten import shorten
 from flowexport.parity.storage import (
     Evaluation,
     Golden,
@@ -49,6 +50,7 @@ __all__ = [
     "real_steps",
     "reference_outputs",
     "run_batched",
+    "shorten",
     "verdict_of",
     "verify_artifact",
     "write_buckets",

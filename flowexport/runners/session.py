@@ -1,0 +1,149 @@
+"""A target whose artifacts run in a runner's process; everything else is the target's own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowexport.core.errors import InputError, UnavailableError, VerificationError
+from flowexport.core.types import Artifact, RuntimeInfo, Session, Target
+from flowexport.runners.machine import Machine
+
+SERVER = Path(__file__).with_name("server.py")
+MAX_BYTES = 64 << 20
+"""An emulated inference takes some hundred times as long as a native one."""
+EMULATED_SAMPLES = 32
+
+
+class RunnerTarget:
+    """A target with its ``load`` on another machine.
+
+    Args:
+        target: what reads and describes the artifact.
+        machine: from :func:`flowexport.runners.prepare`.
+    """
+
+    def __init__(self, target: Target, machine: Machine) -> None:
+        self._target, self._machine = target, machine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def refusal(self, artifact: Artifact) -> UnavailableError | None:
+        """Return why the runner does not run this artifact, or None."""
+        machine = self._machine
+        if artifact.target not in machine.targets:
+            return UnavailableError(
+                f"runner {machine.name}: runs {' and '.join(machine.targets)} alone.",
+                fix=f"flowexport verify BUNDLE --target {artifact.target}",
+            )
+        if machine.execution == "emulated" and artifact.size_bytes > MAX_BYTES:
+            return UnavailableError(
+                f"runner {machine.name}: {artifact.path.name} has {artifact.size_bytes} bytes;"
+                f" expected at most {MAX_BYTES}, what an emulator runs in minutes.",
+                fix="verify it natively, on a device",
+            )
+        return None
+
+    def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
+        """Return a session in the runner's process.
+
+        Raises:
+            UnavailableError: see :meth:`refusal`.
+            InputError: the runtime there refuses the file.
+        """
+        if (refusal := self.refusal(artifact)) is not None:
+            raise refusal
+        return RunnerSession(artifact, self._machine, threads)
+
+
+class RunnerSession(Session):
+    """One artifact in a child process; its feeds and results travel as files."""
+
+    def __init__(self, artifact: Artifact, machine: Machine, threads: int) -> None:
+        super().__init__(artifact)
+        self._where = f"run {artifact.target} {artifact.model} on {machine.name}"
+        self._folder = Path(tempfile.mkdtemp(prefix="flowexport-"))
+        self._count = 0
+        self._log = (self._folder / "log").open("w+b")
+        arguments = (machine.site, artifact.target, artifact.path, artifact.entry, threads)
+        self._process = subprocess.Popen(
+            [*machine.command, str(SERVER), *map(str, arguments), str(self._folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=dict(machine.environment),
+            text=True,
+        )
+        try:
+            hello = self._answer()
+        except BaseException:
+            self.close()
+            raise
+        self._info = RuntimeInfo(
+            name=hello["name"],
+            version=hello["version"],
+            threads=threads,
+            execution=machine.execution,
+            details={"runner": machine.name, **machine.details, **hello["details"]},
+        )
+
+    @property
+    def info(self) -> RuntimeInfo:
+        return self._info
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        self._count += 1
+        given, results = (self._folder / f"{k}-{self._count}.npz" for k in ("in", "out"))
+        # Names that savez would take for its own are none of a model's: they are identifiers.
+        np.savez(given, **feeds)  # type: ignore[arg-type]
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the answer tells why
+            self._process.stdin.write(f"{self._count}\n")
+            self._process.stdin.flush()
+        self._answer()
+        with np.load(results) as file:
+            outputs = {n: file[n] for n in file.files}
+        given.unlink()
+        results.unlink()
+        return outputs
+
+    def _answer(self) -> dict[str, Any]:
+        """Return the process's next line.
+
+        Raises:
+            InputError: the runtime refused the file or the feeds.
+            VerificationError: the process ended.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace").strip().splitlines()
+            raise VerificationError(
+                f"{self._where}: the process ended with {code}: {said[-1][:300] if said else ''}"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise InputError(f"{self._where}: {str(answer['error'])[:300]}")
+        return answer
+
+    def close(self) -> None:
+        process = self._process
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, self._log):
+            if stream is not None and not stream.closed:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        shutil.rmtree(self._folder, ignore_errors=True)

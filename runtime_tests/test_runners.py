@@ -1,0 +1,163 @@
+"""Other machines: the process protocol, what is refused, and the real ones where there are any."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from way_tools import finished_bundle, refused
+
+import flowexport
+from flowexport.bundle import Bundle
+from flowexport.core.errors import (
+    InputError,
+    UnavailableError,
+    UnknownNameError,
+    VerificationError,
+)
+from flowexport.core.types import Artifact, Verdict
+from flowexport.registry import TARGETS
+from flowexport.runners import RUNNERS, Machine, RunnerTarget, debian, machine, prepare
+
+HERE = Machine(
+    name="here",
+    targets=("onnx",),
+    execution="emulated",
+    command=(sys.executable, "-I", "-S"),
+    site=Path(sysconfig.get_path("purelib")),
+    environment={"OMP_NUM_THREADS": "1"},
+)
+
+
+@pytest.fixture
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_bundle(tmp_path_factory.getbasetemp())[0]
+
+
+@pytest.fixture
+def artifact(bundle: Path) -> Artifact:
+    return Bundle.open(bundle).artifacts()["onnx"]
+
+
+def load(artifact: Artifact, where: Machine = HERE) -> Any:
+    return RunnerTarget(TARGETS.get("onnx"), where).load(artifact)
+
+
+def test_a_session_in_another_process_gives_the_targets_own_values(artifact: Artifact) -> None:
+    rng = np.random.default_rng(0)
+    with TARGETS.get("onnx").load(artifact) as own, load(artifact) as other:
+        for batch in (1, 3):
+            x = rng.standard_normal((batch, 6, 8)).astype(np.float32)
+            assert np.array_equal(own.run({"x": x})["scores"], other.run({"x": x})["scores"])
+        assert other.info.label == f"onnxruntime {own.info.version} emulated (here)"
+        assert other.info.details["python"].count(".") == 2
+        folder, process = other._folder, other._process
+        with pytest.raises(InputError, match="x has shape 1x5x8; expected batchx6x8"):
+            other.run({"x": np.zeros((1, 5, 8), np.float32)})
+    assert not folder.exists() and process.poll() is not None
+
+
+def test_what_the_other_process_says_is_told(artifact: Artifact, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model")
+    with pytest.raises(InputError, match=r"run onnx .* on here: \S"):
+        load(replace(artifact, path=broken))
+    with load(artifact) as session:
+        session._process.kill()
+        with pytest.raises(VerificationError, match=r"on here: the process ended with -9"):
+            session.run({"x": np.zeros((1, 6, 8), np.float32)})
+    with pytest.raises(InputError, match="No module named 'numpy'"):
+        load(artifact, replace(HERE, site=tmp_path))
+
+
+def test_what_a_runner_does_not_run_is_not_run(artifact: Artifact) -> None:
+    with pytest.raises(UnavailableError, match="runner here: runs tflite alone"):
+        load(artifact, replace(HERE, targets=("tflite",)))
+    with pytest.raises(UnavailableError, match="has 200000000 bytes; expected at most 67108864"):
+        load(replace(artifact, size_bytes=200_000_000))
+
+
+def test_verify_on_a_runner_is_labelled_and_shortened(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RUNNERS, "here", lambda tell: HERE)  # type: ignore[arg-type]
+    result = flowexport.verify(bundle, runner="here")
+    report = result.parity["onnx"]
+    assert report.verdict is Verdict.PASS and report.execution == "emulated"
+    assert report.runtime_label is not None and report.runtime_label.endswith("emulated (here)")
+    assert result.latency == {}
+    artifact = Bundle.open(bundle).artifacts()["onnx"]
+    monkeypatch.setitem(RUNNERS, "here", lambda tell: replace(HERE, targets=("tflite",)))  # type: ignore[arg-type]
+    report = flowexport.verify(bundle, runner="here").parity["onnx"]
+    assert report.verdict is Verdict.NOT_RUN and "runs tflite alone" in str(report.reason)
+    assert artifact.path.exists()
+
+
+def test_wrong_runners_are_told_at_once(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'qemu-aarch64'"):
+        prepare("qemu-arm64")
+    refused(capsys, 2, "unknown runner 'quemu'", arguments=["verify", bundle, "--runner", "quemu"])
+    arguments = ["verify", bundle, "--runner", "qemu-aarch64", "--save"]
+    refused(capsys, 2, "--save with --runner would replace", arguments=arguments)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
+    refused(capsys, 5, "this machine is aarch64 itself", arguments=arguments[:-1])
+
+
+def test_a_system_without_debian_says_what_mends_it(
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FLOWEXPORT_CACHE", str(tmp_path))
+    arguments = ["verify", bundle, "--runner", "qemu-aarch64"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(capsys, 5, "apt-get, dpkg-deb is missing", "Fix: run it on Debian", arguments=arguments)
+    for tool, code in (("dpkg-deb", 0), ("dpkg", 0), ("apt-get", 0)):
+        (tmp_path / tool).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setattr(debian, "KEYRING", tmp_path / "dpkg")
+    refused(capsys, 5, "apt knows no Debian archive", "apt-get update", arguments=arguments)
+    (tmp_path / "apt-get").write_text(
+        '#!/bin/sh\n[ "$1" = indextargets ] && echo "Debian http://127.0.0.1/" && exit 0\n'
+        'echo "E: no route to the archive" >&2\nexit 100\n'
+    )
+    refused(capsys, 5, "apt-get update failed: E: no route", arguments=arguments)
+    assert not list((tmp_path / "flowexport" / "runners").iterdir()), "nothing half is left"
+
+
+def test_an_old_runtime_without_its_python_says_what_mends_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine.sys, "version_info", (3, 12, 1))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnavailableError, match=r"wheels for Python 3\.11, 3\.10, 3\.9; this is 3"):
+        prepare("tflite-2.14")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["digits", "japanese-vowels", "japanese-vowels-streaming"])
+def test_shipped_models_run_on_emulated_arm(recipe: str, tmp_path: Path) -> None:
+    try:
+        prepare("qemu-aarch64")
+    except UnavailableError as error:
+        pytest.skip(f"{error.message} {error.fix}")
+    bundle = flowexport.convert(
+        recipe, targets=["onnx", "tflite"], out=tmp_path / recipe, verify=False, bench=False
+    ).bundle
+    result = flowexport.verify(bundle, runner="qemu-aarch64", samples=2)
+    for name in ("onnx", "tflite"):
+        report = result.parity[name]
+        assert report.verdict is Verdict.PASS, report.reason
+        assert str(report.runtime_label).endswith("emulated (qemu-aarch64)")
+        assert report.runtime is not None and report.runtime["details"]["machine"] == "aarch64"
+        assert report.accuracy is not None and report.accuracy.samples == 2
+    shutil.rmtree(bundle)
