@@ -16,6 +16,8 @@ from flowexport.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from flowexport.pipeline import Result
     from flowexport.plan import Plan
 
