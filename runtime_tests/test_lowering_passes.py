@@ -13,6 +13,7 @@ from flowexport.lowering.passes import after_decomposition, before_decomposition
 from flowexport.lowering.passes.constants import fold_constants
 from flowexport.lowering.passes.dropout import remove_dropout
 from flowexport.lowering.passes.layer_scale import fold_layer_scale
+from flowexport.lowering.passes.norms import fold_norm_affine
 from flowexport.lowering.passes.permutes import cancel_permutes, merge_heads_first
 from flowexport.lowering.passes.projections import (
     NoMatch,
@@ -131,6 +132,40 @@ def test_a_scale_over_tokens_is_no_layer_scale() -> None:
     before = exported(Module())
     after = fold_layer_scale(before)
     assert aten.mul.Tensor in targets(after)
+    same(before, after)
+
+
+class Normed(nn.Module):
+    """A norm read by two linear layers, and by a residual where ``residual``."""
+
+    def __init__(self, bias: bool, affine: bool, residual: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8, elementwise_affine=affine)
+        self.a, self.b = nn.Linear(8, 4, bias), nn.Linear(8, 8)
+        self.residual = residual
+        for p in self.norm.parameters():
+            nn.init.normal_(p)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(x)
+        return self.a(y), self.b(y) + (y if self.residual else x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_before_linear_layers_loses_scale_and_shift(bias: bool) -> None:
+    before = exported(Normed(bias, affine=True, residual=False))
+    after = fold_norm_affine(before)
+    (norm,) = [n for n in after.graph.nodes if n.target == aten.layer_norm.default]
+    assert norm.args[2:4] == (None, None)
+    assert not any(name.startswith("norm.") for name in after.state_dict)
+    same(before, after)
+
+
+@pytest.mark.parametrize(("affine", "residual"), [(True, True), (False, False)])
+def test_a_norm_that_others_read_or_a_plain_one_stays(affine: bool, residual: bool) -> None:
+    before = exported(Normed(True, affine=affine, residual=residual))
+    after = fold_norm_affine(before)
+    assert set(after.state_dict) == set(before.state_dict)
     same(before, after)
 
 

@@ -1,7 +1,8 @@
 """Graph rewrites, one rule a file; their order is here.
 
 ``clean`` runs once, when a model is lowered; ``before_decomposition`` and
-``after_decomposition`` run around the choice of forms, for one target.
+``after_decomposition`` run around the choice of forms, for one target;
+``fold_norm_affine`` is for targets whose runtime has no layer norm.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.export import ExportedProgram
 from flowexport.lowering.passes.constants import fold_constants
 from flowexport.lowering.passes.dropout import remove_dropout
 from flowexport.lowering.passes.layer_scale import fold_layer_scale
+from flowexport.lowering.passes.norms import fold_norm_affine
 from flowexport.lowering.passes.permutes import cancel_permutes, merge_heads_first
 from flowexport.lowering.passes.projections import (
     NoMatch,
@@ -62,4 +64,12 @@ def after_decomposition(exported: ExportedProgram) -> ExportedProgram:
     return exported
 
 
-__all__ = ["CLEAN", "DECOMPOSED", "NoMatch", "after_decomposition", "before_decomposition", "clean"]
+__all__ = [
+    "CLEAN",
+    "DECOMPOSED",
+    "NoMatch",
+    "after_decomposition",
+    "before_decomposition",
+    "clean",
+    "fold_norm_affine",
+]

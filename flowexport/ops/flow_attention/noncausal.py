@@ -96,9 +96,10 @@ def channel_first(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
 
 
 def channel_first_sums(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
-    """Compute as :func:`channel_first`, but Σ k/O by multiply and reduce.
+    """Compute as :func:`channel_first`, but the flows by multiply and reduce.
 
-    For XNNPACK, whose batched products are slow for a single row.
+    For XNNPACK, which packs the whole right side of a product, even for a
+    single row. Exact, as :func:`channel_first`.
     """
     variant = prepare(q, k, v, arguments, "channel_first_sums")
     q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))
@@ -116,7 +117,10 @@ def _channel_first(
 
         def dot(a: Tensor, total: Tensor) -> Tensor:  # (B,H,D,N), (B,H,1,D) -> (B,H,1,N)
             total = total + eps
-            return total @ a + (total.sum(dim=-1, keepdim=True) * eps + outer)
+            rest = total.sum(dim=-1, keepdim=True) * eps + outer
+            if products:
+                return total @ a + rest
+            return (a * total.transpose(2, 3)).sum(dim=2, keepdim=True) + rest
 
         def total(x: Tensor, weight: Tensor | None = None) -> Tensor:
             if weight is not None and products:

@@ -22,6 +22,7 @@ from flowexport.core.types import (
     TensorSpec,
 )
 from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
+from flowexport.lowering.passes import fold_norm_affine
 from flowexport.ops.descriptor import AttentionSite, Choice
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.tflite import flatbuffer, metadata
@@ -98,11 +99,14 @@ class TFLiteTarget:
         static = specialise(program, ops)
         # The arithmetic is float32 whatever the weights are stored in: float32's form.
         plain, choices = decompose(
-            replace(static, precision=Precision.FP32), self.name, ops, pinned=settings.form
+            replace(_folded(static), precision=Precision.FP32),
+            self.name,
+            ops,
+            pinned=settings.form,
         )
         functions = {name: specialise(f, ops) for name, f in program.functions.items()}
         others = {
-            name: decompose(f, self.name, ops, pinned=settings.form)[0]
+            name: decompose(_folded(f), self.name, ops, pinned=settings.form)[0]
             for name, f in functions.items()
         }
         alone = not others and program.entry == FORWARD
@@ -267,6 +271,11 @@ class TFLiteTarget:
         found = self.probe()
         if not found.runs:
             raise UnavailableError(f"load tflite {model}: {found.reason}.", fix=found.fix)
+
+
+def _folded(program: LoweredProgram) -> LoweredProgram:
+    """Return the program with norms folded: XNNPACK computes a layer norm in ten operators."""
+    return replace(program, exported=fold_norm_affine(program.exported))
 
 
 def _fusions(operators: dict[str, int], names: Sequence[str]) -> dict[str, int]:
