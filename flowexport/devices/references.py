@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from flowexport.bundle import Bundle
 from flowexport.core.errors import VerificationError
 from flowexport.core.reports import Tolerance
+from flowexport.core.types import STEP
 from flowexport.evidence import check_files, references
 from flowexport.package import Package
 from flowexport.package.build import model_id
@@ -121,4 +122,13 @@ def from_bundle(path: Path) -> dict[Key, Reference]:
             classes=len(bundle.manifest["labels"]) or None,
             origin=f"bundle {path}",
         )
+        step = artifact.functions.get(STEP)
+        if step is not None:
+            own = replace(
+                found[model_id(bundle.manifest), name],
+                sha256=step.sha256,
+                size_bytes=step.size_bytes,
+                dtypes={s.name: s.dtype for s in step.outputs},
+            )
+            found[model_id(bundle.manifest), f"{name} step"] = own
     return found

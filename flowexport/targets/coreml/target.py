@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from flowexport.targets.coreml.options import FUNCTIONS, PRECISIONS, CoreMLOptio
 from flowexport.targets.coreml.places import require_kept
 from flowexport.targets.coreml.session import INTERPRETED, on_macos, open_session
 
+MAC_SCRIPT = "verify_on_mac.py"
+"""Lies beside the package: runs it on a Mac, without flowexport."""
 _INSTALL = "pip install 'flowexport[coreml]'"
 
 
@@ -55,7 +58,7 @@ class CoreMLTarget:
             runs=True,
             toolchain=installed_versions("coremltools", "torch"),
             reason=None if native else INTERPRETED,
-            fix=None if native else "run `flowexport verify BUNDLE --target coreml` on a Mac",
+            fix=None if native else f"run the bundle's coreml/{MAC_SCRIPT} on a Mac",
         )
 
     def validate(self, options: Options) -> None:
@@ -111,6 +114,7 @@ class CoreMLTarget:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{program.model}{self.suffix}"
         package.remove(path)
+        shutil.copyfile(Path(__file__).with_name(MAC_SCRIPT), out / MAC_SCRIPT)
         made: dict[str, _Part] = {}
         with TemporaryDirectory(dir=out) as folder:
             for name, part in static.items():
