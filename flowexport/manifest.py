@@ -132,6 +132,7 @@ def _target(plan: Plan, name: str, conversion: Conversion, root: Path) -> dict[s
         },
         "tolerance": dict(plan.recipe.tolerance(name, artifact.precision)),
         "required_fusions": dict(plan.recipe.fusions.get(name, {})),
+        "range_check": plan.checks[name].to_json() if name in plan.checks else None,
     }
 
 

@@ -18,10 +18,10 @@ from flowexport.core.errors import (
 )
 from flowexport.core.pixels import Pixels, round_dataset
 from flowexport.core.types import Availability, Options, Precision, TensorSpec, float_precision
+from flowexport.logits import calibrate_subject
 from flowexport.rangecheck import (
     COMPUTES_WIDE,
     TargetCheck,
-    calibrate_subject,
     check_target,
 )
 from flowexport.recipes import Calibration, Recipe, Weights
@@ -160,7 +160,8 @@ def make_plan(
         found.require_safe(subject.spec.name)
         if found.taken is not None:
             extra = {**options[name].extra, "form": found.taken}
-            options[name] = replace(options[name], extra=extra)
+            reason = found.taken_because
+            options[name] = replace(options[name], extra=extra, form_reason=reason)
     return Plan(
         recipe=recipe,
         subject=subject,
@@ -208,9 +209,11 @@ def _check_ranges(subject: Subject, options: Mapping[str, Options]) -> dict[str,
     }
     if not half:
         return {}
-    calls, _ = calibrate_subject(subject)
+    calls, samples = calibrate_subject(subject)
     return {
-        name: check_target(name, computed[name].value, calls, pinned=o.extra.get("form"))
+        name: check_target(
+            name, computed[name].value, calls, pinned=o.extra.get("form"), samples=samples
+        )
         for name, o in half.items()
     }
 

@@ -72,6 +72,7 @@ def convert_in_child(
             "program": str(program),
             "precision": options.precision.value,
             "extra": dict(options.extra),
+            "form_reason": options.form_reason,
             "keep_float": list(options.keep_float),
             "calibration": None if options.calibration is None else str(options.calibration),
             "out": str(root / target),

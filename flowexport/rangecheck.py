@@ -7,50 +7,36 @@ are put through its form with every result rounded to the target's arithmetic
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowexport.core.errors import ConversionError, UnknownNameError
-from flowexport.core.types import Dataset, TensorSpec
-from flowexport.registry import OPS
-from flowexport.resolve import Subject
+from flowexport.core.types import FORWARD
+from flowexport.logits import Calls
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flowexport.lowering import LoweredProgram
     from flowexport.ops.descriptor import AttentionSite
     from flowexport.ops.flow_attention.ranges import LogitRange, SiteVerdict
 
 PRECISIONS = ("fp16", "bf16", "fp32")
+SCHEMA = "flowexport.check/1"
 # Every arithmetic that a precision may mean on some device.
 ARITHMETICS = {"fp16": ("fp16", "fp16_ftz"), "bf16": ("bf16",), "fp32": ("fp32",)}
+# Told too, and decisive where asked for: no device here is known to accumulate in half.
+RARE = {"fp16": ("fp16_acc16",)}
 # Targets whose devices keep fp16 subnormals; the Neural Engine's keeping is not known.
 KEEPS_SUBNORMALS = ("onnx", "tensorrt")
 # Store short weights and compute in float32.
 COMPUTES_WIDE = ("tflite",)
 # TensorRT engines are built from the ONNX target's file.
 TABLE_OF = {"tensorrt": "onnx"}
-SAMPLES = 2
 # Values of the largest tensor of a check: the causal reference holds N·H·D·M of them.
 MOST_VALUES = 2**22
-
-
-@dataclass(frozen=True)
-class Calls:
-    """What reached one attention: its site, the calibrated ranges, and the logits by sample.
-
-    ``verdicts`` keeps what was found, by form and arithmetic: targets share most of it.
-    """
-
-    site: AttentionSite
-    ranges: Mapping[str, LogitRange]
-    samples: tuple[tuple[Tensor, Tensor, Tensor], ...]
-    verdicts: dict[tuple[str, str], SiteVerdict] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -58,8 +44,10 @@ class LayerCheck:
     """One attention on one target.
 
     Attributes:
+        function: of the artifact, ``forward`` unless it is exported at several lengths.
         form, reason: what lowering takes there, and why.
         published, chosen: verdict by arithmetic, the worst over the samples.
+        replacement: of the form that is taken instead, where one is; else None.
     """
 
     site: AttentionSite
@@ -68,6 +56,14 @@ class LayerCheck:
     reason: str
     published: Mapping[str, SiteVerdict]
     chosen: Mapping[str, SiteVerdict]
+    function: str = FORWARD
+    replacement: Mapping[str, SiteVerdict] | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the module's path and, beside ``forward``, the function."""
+        name = _name(self.site)
+        return name if self.function == FORWARD else f"{name} ({self.function})"
 
     def to_json(self) -> dict[str, Any]:
         def told(verdicts: Mapping[str, SiteVerdict]) -> dict[str, Any]:
@@ -75,6 +71,7 @@ class LayerCheck:
 
         return {
             "module": self.site.module_path,
+            "function": self.function,
             "tokens": [self.site.q_shape[1], self.site.k_shape[1]],
             "heads": self.site.k_shape[2],
             "width": self.site.k_shape[3],
@@ -83,6 +80,7 @@ class LayerCheck:
             "reason": self.reason,
             "published": told(self.published),
             "chosen": told(self.chosen),
+            "replacement": None if self.replacement is None else told(self.replacement),
         }
 
 
@@ -98,6 +96,7 @@ class TargetCheck:
         safe: whether the conversion may go on.
         unchecked: attentions of operators that no range check knows.
         action: one sentence: what the toolkit does.
+        samples: what the ranges were calibrated on, in words.
     """
 
     target: str
@@ -108,6 +107,17 @@ class TargetCheck:
     safe: bool
     unchecked: tuple[str, ...]
     action: str
+    samples: str = ""
+
+    @property
+    def taken_because(self) -> str | None:
+        """Return why another form than the table's is taken, for the artifact; None if none is."""
+        if self.taken is None:
+            return None
+        arithmetic = next(
+            a for layer in self.layers for a in self.decisive if not layer.chosen[a].safe
+        )
+        return f"range check: the table's form is not safe in {arithmetic}, this one is"
 
     @property
     def published_safe(self) -> bool:
@@ -117,6 +127,7 @@ class TargetCheck:
     def to_json(self) -> dict[str, Any]:
         return {
             "precision": self.precision,
+            "samples": self.samples,
             "decisive": list(self.decisive),
             "published_safe": self.published_safe,
             "safe": self.safe,
@@ -144,105 +155,14 @@ def arithmetics(target: str, precision: str) -> tuple[str, ...]:
     return ARITHMETICS[precision]
 
 
-def calibration_samples(
-    inputs: Sequence[TensorSpec],
-    dataset: Dataset | None,
-    given: Mapping[str, np.ndarray] | None = None,
-    count: int = SAMPLES,
-) -> tuple[list[dict[str, np.ndarray]], str]:
-    """Return feeds of one sample each, and what they are in words.
-
-    Args:
-        given: the user's samples, one array an input, samples first.
-        dataset: the model's data set, or None.
-
-    Returns:
-        Given samples, else the data set's (of different classes), else
-        standard normal ones, which say less: the text tells.
-
-    Raises:
-        InputError: the samples do not fit the model's inputs.
-    """
-    from flowexport.parity import make_cases
-
-    if given is not None:
-        size = len(next(iter(given.values()), ()))
-        dataset = Dataset("given", given, np.zeros(size, np.int64), (), "the user")
-    cases = make_cases(inputs, dataset)
-    kind = "random-" if dataset is None else "sample-"
-    feeds = [f for name, f in cases.items() if name.startswith(kind)][:count]
-    if dataset is None:
-        return feeds, f"{len(feeds)} random samples (there is no data set)"
-    return feeds, f"{len(feeds)} samples of {dataset.name}"
-
-
-def calibrate(
-    program: LoweredProgram, feeds: Sequence[Mapping[str, np.ndarray]]
-) -> tuple[Calls, ...]:
-    """Run a float32 program and keep what reaches each attention, in execution order.
-
-    Args:
-        program: with attention nodes, in float32.
-        feeds: one mapping a sample.
-    """
-    import torch
-
-    from flowexport.ops.flow_attention.ranges import LogitRange
-
-    overloads = {op.overload for op in OPS.working().values()}
-    runs: list[list[tuple[Tensor, Tensor, Tensor]]] = []
-
-    class Recorder(torch.fx.Interpreter):
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target in overloads:
-                runs[-1].append(tuple(x.detach().clone() for x in args[:3]))
-            return super().call_function(target, args, kwargs)
-
-    graph = program.exported.module(check_guards=False)
-    assert isinstance(graph, torch.fx.GraphModule)
-    with torch.no_grad():
-        for sample in feeds:
-            runs.append([])
-            tensors = [torch.from_numpy(np.array(sample[s.name])) for s in program.inputs]
-            Recorder(graph).run(*tensors)
-    calls = []
-    for i, site in enumerate(program.attentions):
-        samples = tuple(run[i] for run in runs)
-        ranges = {
-            name: LogitRange.of(torch.cat([s[j].flatten() for s in samples]))
-            for j, name in enumerate("qkv")
-        }
-        calls.append(Calls(site, ranges, samples))
-    return tuple(calls)
-
-
-def calibrate_subject(
-    subject: Subject, given: Mapping[str, np.ndarray] | None = None
-) -> tuple[tuple[Calls, ...], str]:
-    """Lower a model in float32 and calibrate its attentions.
-
-    Args:
-        given: the user's samples; see :func:`calibration_samples`.
-
-    Returns:
-        What reached each attention, and the samples in words.
-    """
-    from flowexport.lowering import lower
-
-    spec = subject.spec
-    feeds, told = calibration_samples(spec.inputs, subject.dataset, given)
-    program = lower(
-        copy.deepcopy(subject.module),
-        spec.inputs,
-        spec.output_names,
-        name=spec.name,
-        ops=list(OPS.working().values()),
-    )
-    return calibrate(program, feeds), told
-
-
 def check_target(
-    target: str, precision: str, calls: Sequence[Calls], *, pinned: str | None = None
+    target: str,
+    precision: str,
+    calls: Sequence[Calls],
+    *,
+    pinned: str | None = None,
+    require: Sequence[str] = (),
+    samples: str = "",
 ) -> TargetCheck:
     """Check every attention in the published form and in the one that lowering takes.
 
@@ -251,23 +171,30 @@ def check_target(
         precision: ``fp16``, ``bf16`` or ``fp32``.
         calls: of :func:`calibrate`.
         pinned: the form that the recipe insists on, or None.
+        require: more arithmetics that a form must be safe in, on targets that compute in
+            ``precision``: ``fp16_acc16`` for a device that accumulates in half.
+        samples: what ``calls`` were calibrated on, in words.
 
     Returns:
         The verdicts. Where the chosen form is not safe and nothing is pinned,
         a form that is safe at every layer is taken if there is one.
 
     Raises:
-        UnknownNameError: no such precision.
+        UnknownNameError: no such precision, or no such arithmetic in it.
     """
     from flowexport.ops.flow_attention.lowered import DESCRIPTOR, FORMS, applicable
     from flowexport.ops.flow_attention.op import variant_of
 
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS, where="check")
-    decisive = arithmetics(target, precision)
-    told = tuple(dict.fromkeys([*decisive, *ARITHMETICS[precision]]))
-    if target in COMPUTES_WIDE:
-        told = decisive
+    possible = (*ARITHMETICS[precision], *RARE.get(precision, ()))
+    for name in require:
+        if name not in possible:
+            raise UnknownNameError("arithmetic", name, possible, where=f"check {precision}")
+    told = decisive = arithmetics(target, precision)
+    if target not in COMPUTES_WIDE:
+        decisive = tuple(dict.fromkeys([*decisive, *require]))
+        told = tuple(dict.fromkeys([*decisive, *possible]))
     known = [c for c in calls if c.site.op == DESCRIPTOR.name]
     unchecked = tuple(_name(c.site) for c in calls if c.site.op != DESCRIPTOR.name)
     layers = []
@@ -280,9 +207,11 @@ def check_target(
             form, reason = choice.form, choice.reason
         published = {a: _worst(call, "published", a) for a in told}
         chosen = {a: _worst(call, form, a) for a in told}
-        layers.append(LayerCheck(call.site, call.ranges, form, reason, published, chosen))
+        layers.append(
+            LayerCheck(call.site, call.ranges, form, reason, published, chosen, call.function)
+        )
     bad = [layer for layer in layers if not _safe(layer.chosen, decisive)]
-    taken = None
+    taken: str | None = None
     if bad and pinned is None:
         forms = [set(applicable(variant_of(c.site.arguments))) for c in known]
         # In the table's order, which has the published form first: it is tried last.
@@ -295,6 +224,11 @@ def check_target(
             ),
             None,
         )
+    if taken is not None:
+        layers = [
+            replace(layer, replacement={a: _worst(call, taken, a) for a in told})
+            for call, layer in zip(known, layers, strict=True)
+        ]
     action = _action(precision, layers, bad, taken, pinned, decisive)
     return TargetCheck(
         target=target,
@@ -305,6 +239,7 @@ def check_target(
         safe=not bad or taken is not None,
         unchecked=unchecked,
         action=action,
+        samples=samples,
     )
 
 
@@ -323,7 +258,7 @@ def _action(
         why = next(first.chosen[a] for a in decisive if not first.chosen[a].safe)
         text = (
             f"{len(bad)} of {len(layers)} attentions are not safe in {why.arithmetic}:"
-            f" {_name(first.site)} in the form {first.form}: {why.reason}"
+            f" {first.name} in the form {first.form}: {why.reason}"
         )
         if taken is not None:
             return f"{text}; takes {taken} instead."
@@ -335,9 +270,19 @@ def _action(
     verdict = next(lost[0].published[a] for a in decisive if not lost[0].published[a].safe)
     return (
         f"takes {forms}, safe at every layer in {precision}; the published form is not safe at"
-        f" {len(lost)} of {len(layers)} in {verdict.arithmetic}: {_name(lost[0].site)}:"
+        f" {len(lost)} of {len(layers)} in {verdict.arithmetic}: {lost[0].name}:"
         f" {verdict.reason}."
     )
+
+
+def check_document(model: str, found: Mapping[str, TargetCheck]) -> dict[str, Any]:
+    """Return what ``flowexport check --json`` prints; ``report/schemas/check.json`` tells it."""
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "safe": all(entry.safe for entry in found.values()),
+        "targets": {name: entry.to_json() for name, entry in found.items()},
+    }
 
 
 def _name(site: AttentionSite) -> str:

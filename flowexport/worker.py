@@ -69,7 +69,10 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
         request["extra"],
         tuple(request["keep_float"]),
         None if samples is None else Path(samples),
+        request["form_reason"],
     )
+    if options.form_reason is not None:
+        program = program.pinned_because(options.form_reason)
     out = Path(request["out"])
     out.mkdir(parents=True, exist_ok=True)
     artifact = target.convert(program, options, out)

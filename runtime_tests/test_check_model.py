@@ -10,18 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from streaming_tools import write_recipe
 from torch import nn
 from way_tools import refused
 
+import flowexport
 from flowexport import rangecheck
 from flowexport.cli import run
 from flowexport.core.errors import ConversionError, InputError, UnknownNameError
 from flowexport.core.types import TensorSpec
+from flowexport.logits import Calls, calibrate, calibrate_subject, calibration_samples
 from flowexport.lowering import lower
 from flowexport.ops.descriptor import Choice
 from flowexport.ops.flow_attention import VARIANTS, flow_attention, lowered
-from flowexport.rangecheck import Calls, arithmetics, calibrate, calibration_samples, check_target
+from flowexport.rangecheck import arithmetics, check_document, check_target
 from flowexport.registry import TARGETS
+from flowexport.report import validate
+from flowexport.resolve import find_recipe, resolve
 
 FILE = """
 import torch
@@ -156,6 +161,9 @@ def test_a_safe_form_replaces_an_unsafe_choice(
     found = check_target("onnx", "fp16", long_calls)
     assert found.layers[0].form == "published" and not found.layers[0].chosen["fp16"].safe
     assert found.safe and found.taken == "means" and "takes means instead" in found.action
+    assert found.layers[0].replacement is not None and found.layers[0].replacement["fp16"].safe
+    assert found.taken_because == ("range check: the table's form is not safe in fp16, this one is")
+    validate(check_document("m", {"onnx": found}), "check")
 
 
 def test_weights_stored_in_half_are_computed_in_float32(long_calls: tuple[Calls, ...]) -> None:
@@ -184,6 +192,61 @@ def test_subnormals_decide_where_the_device_may_flush_them(
 def test_bfloat16_has_the_range(long_calls: tuple[Calls, ...]) -> None:
     layer = check_target("tensorrt", "bf16", long_calls).layers[0]
     assert set(layer.published) == {"bf16"} and layer.published["bf16"].overflow == ""
+
+
+def test_sums_in_half_decide_where_they_are_asked_for(long_calls: tuple[Calls, ...]) -> None:
+    """Two stages keep a mean of 16,384 halves; the published sums fail in any half."""
+    plain = check_target("tensorrt", "fp16", long_calls)
+    strict = check_target("tensorrt", "fp16", long_calls, require=["fp16_acc16"])
+    assert plain.decisive == ("fp16",) and strict.decisive == ("fp16", "fp16_acc16")
+    for found in (plain, strict):
+        assert found.safe and found.layers[0].chosen["fp16_acc16"].safe
+        assert not found.layers[0].published["fp16_acc16"].safe
+    assert check_target("tflite", "fp16", long_calls, require=["fp16_acc16"]).decisive == ("fp32",)
+    with pytest.raises(UnknownNameError, match="arithmetic 'bf16'"):
+        check_target("onnx", "fp16", long_calls, require=["bf16"])
+
+
+def test_every_length_of_a_causal_model_is_checked(tmp_path: Path) -> None:
+    calls, told = calibrate_subject(resolve(find_recipe(write_recipe(tmp_path))))
+    assert [(c.function, c.site.q_shape[1]) for c in calls] == [("forward", 8), ("forward_70", 70)]
+    assert all(s.shape[1] == 70 for s in calls[1].samples[0]) and "random" in told
+    found = check_target("coreml", "fp16", calls)
+    assert [layer.name for layer in found.layers] == [
+        "layers.0.attention",
+        "layers.0.attention (forward_70)",
+    ]
+    assert found.safe and {layer.form for layer in found.layers} == {"causal_means"}
+
+
+def test_artifact_manifest_and_report_tell_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A form that the check put in place says so, and is not called the recipe's."""
+    subject = "flowexport.ops.flow_attention.lowered.DESCRIPTOR"
+    wrong = replace(lowered.DESCRIPTOR, choose=lambda *_: Choice("published", "a wrong table"))
+    monkeypatch.setattr(subject, wrong)
+    path = tmp_path / "attend.py"
+    path.write_text(FILE)
+    result = flowexport.convert(
+        f"{path}:plain",
+        inputs=[TensorSpec("x", (1, 4096, 8))],
+        targets=["onnx"],
+        precision="fp16",
+        out=tmp_path / "bundle",
+        verify=False,
+        bench=False,
+    )
+    entry = result.manifest["targets"]["onnx"]
+    check = entry["range_check"]
+    validate({**check_document("m", {}), "targets": {"onnx": check}}, "check")
+    assert check["taken"] == "means" and check["layers"][0]["form"] == "published"
+    assert entry["form"] == "means"
+    (site,) = entry["details"]["attentions"]
+    assert site["reason"].startswith("range check: the table's form is not safe in fp16")
+    page = (result.bundle / "report.html").read_text()
+    assert "Range check before the conversion" in page and "takes means instead" in page
+    assert "pinned by the recipe" not in page
 
 
 def test_heads_are_left_out_only_where_they_do_not_see_each_other(
@@ -220,7 +283,9 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     document = json.loads(captured.out, parse_constant=pytest.fail)
     assert captured.err == ""
-    assert document["safe"] is True and document["samples"] == "2 samples of digits-test"
+    validate(document, "check")
+    assert document["safe"] is True and document["schema"] == "flowexport.check/1"
+    assert document["targets"]["onnx"]["samples"] == "2 samples of digits-test"
     assert set(document["targets"]) == {"onnx", "tflite"}
     layers = document["targets"]["onnx"]["layers"]
     assert [layer["module"] for layer in layers] == [
@@ -230,7 +295,9 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
         "blocks.2.0.attn",
     ]
     for layer in layers:
-        assert set(layer["published"]) == set(layer["chosen"]) == {"fp16", "fp16_ftz"}
+        told = {"fp16", "fp16_ftz", "fp16_acc16"}
+        assert set(layer["published"]) == set(layer["chosen"]) == told
+        assert layer["function"] == "forward" and layer["replacement"] is None
         assert layer["ranges"]["q"]["low"] < layer["ranges"]["q"]["high"]
         assert 0 < layer["chosen"]["fp16"]["error"] < 8e-3
 

@@ -27,6 +27,13 @@ def check(
     ] = "fp16",
     weights: options.WeightsFile = None,
     inputs: options.Inputs = [],  # noqa: B006
+    arithmetic: Annotated[
+        list[str],
+        typer.Option(
+            metavar="fp16|fp16_ftz|fp16_acc16",
+            help="Must be safe in this one too: subnormals flushed, sums in half.",
+        ),
+    ] = [],  # noqa: B006
     samples: Annotated[
         Path | None,
         typer.Option(
@@ -40,11 +47,13 @@ def check(
 
     The model runs in float32 on samples of its data set (random ones where it
     has none) and each attention's published and chosen forms are repeated in
-    the target's arithmetic. Exit code 0: the form that is taken is safe on
+    the target's arithmetic; fp16_acc16, where sums too are half, is told for
+    devices that accumulate in half. Exit code 0: the form that is taken is safe on
     every target; 3: on some target none is, and the conversion would fail.
     """
     from flowexport.plan import override
-    from flowexport.rangecheck import PRECISIONS, calibrate_subject, check_target
+    from flowexport.logits import calibrate_subject
+    from flowexport.rangecheck import PRECISIONS, check_document, check_target
     from flowexport.registry import TARGETS
     from flowexport.resolve import find_recipe, resolve
 
@@ -65,18 +74,12 @@ def check(
         for name in target or list(recipe.targets or TARGETS.names()):
             progress.stage(f"check {name} {precision}")
             pinned = recipe.options(name).extra.get("form")
-            found[name] = check_target(name, precision, calls, pinned=pinned)
+            found[name] = check_target(
+                name, precision, calls, pinned=pinned, require=arithmetic, samples=told
+            )
     safe = all(entry.safe for entry in found.values())
     if json:
-        print_json(
-            {
-                "model": subject.spec.name,
-                "precision": precision,
-                "samples": told,
-                "safe": safe,
-                "targets": {name: entry.to_json() for name, entry in found.items()},
-            }
-        )
+        print_json(check_document(subject.spec.name, found))
     else:
         _print(subject.spec.name, told, found)
     return EXIT_OK if safe else EXIT_CONVERSION
@@ -112,19 +115,19 @@ def _print(model: str, told: str, found: Mapping[str, TargetCheck]) -> None:
                 table.add_column(column, justify="right", no_wrap=True)
             table.add_column("arithmetic", no_wrap=True)
             table.add_column("published", overflow="fold")
-            table.add_column("chosen form", overflow="fold")
+            table.add_column("form taken", overflow="fold")
             for layer in entry.layers:
                 widest = [max(abs(layer.ranges[x].low), abs(layer.ranges[x].high)) for x in "qk"]
-                site = layer.site
+                site, taken = layer.site, entry.taken or layer.form
                 for i, arithmetic in enumerate(layer.chosen):
                     size = [str(site.k_shape[1]), f"{site.k_shape[2]} x {site.k_shape[3]}"]
-                    facts = [site.module_path or site.op, *size, *(f"{w:.3g}" for w in widest)]
+                    facts = [layer.name, *size, *(f"{w:.3g}" for w in widest)]
                     mark = "" if arithmetic in entry.decisive else " (not decisive)"
                     table.add_row(
                         *(facts if i == 0 else [""] * len(facts)),
                         arithmetic + mark,
                         _cell(layer.published[arithmetic]),
-                        f"{layer.form}: {_cell(layer.chosen[arithmetic])}",
+                        f"{taken}: {_cell((layer.replacement or layer.chosen)[arithmetic])}",
                     )
             console.print(table)
         console.print(entry.action, markup=False, soft_wrap=True)

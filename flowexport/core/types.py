@@ -119,12 +119,14 @@ class Options:
             quantised precision leaves in floating point.
         calibration: ``.safetensors`` of the samples for INT8_STATIC, one array an
             input, samples first; the pipeline sets it.
+        form_reason: why ``extra["form"]`` is set, where it was not the recipe that did it.
     """
 
     precision: Precision = Precision.FP32
     extra: Mapping[str, Any] = field(default_factory=dict)
     keep_float: tuple[str, ...] = ()
     calibration: Path | None = None
+    form_reason: str | None = None
 
 
 FORWARD, STEP = "forward", "step"

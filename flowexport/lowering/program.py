@@ -49,6 +49,7 @@ class LoweredProgram:
             ``forward_<length>`` for other lengths.
         entry: this program's own name: ``forward``, or ``forward_<length>`` of the longest bucket.
         state: of a ``step``: state input -> the output that is its next value.
+        pin_reason: why a form is pinned, where one is; for the artifact.
     """
 
     model: str
@@ -63,6 +64,12 @@ class LoweredProgram:
     functions: Mapping[str, LoweredProgram] = field(default_factory=dict)
     state: Mapping[str, str] = field(default_factory=dict)
     entry: str = FORWARD
+    pin_reason: str = "pinned by the recipe"
+
+    def pinned_because(self, reason: str) -> LoweredProgram:
+        """Return the program, its functions too, with why a form is pinned."""
+        functions = {n: f.pinned_because(reason) for n, f in self.functions.items()}
+        return replace(self, functions=functions, pin_reason=reason)
 
     def example(self, **sizes: int) -> tuple[torch.Tensor, ...]:
         """Return one tensor of zeros an input; named dimensions not given are 1."""
@@ -278,7 +285,7 @@ def decompose(
                 f" expected one of {sorted(op.forms)}."
             )
         choices.append(
-            Choice(pinned, "pinned by the recipe")
+            Choice(pinned, program.pin_reason)
             if pinned
             else op.choose(target, program.precision.value, site)
         )

@@ -12,7 +12,7 @@ from typing import Any
 from flowexport.core.errors import BundleError, UnknownNameError
 
 FOLDER = Path(__file__).parent / "schemas"
-SCHEMAS = ("manifest", "report", "device_report", "merge")
+SCHEMAS = ("manifest", "report", "device_report", "merge", "check")
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any
 
 from flowexport.report import svg
 from flowexport.report.format import number, percent, size
+from flowexport.report.ranges import range_check
 from flowexport.report.streaming import streaming
 
 VERDICT_WORDS = {
@@ -107,6 +108,7 @@ def _target(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any]) ->
         "fusions": {k: n for k, n in (made.get("fusions") or {}).items() if n},
         "required_fusions": dict(made.get("required_fusions") or {}),
         "sites": _sites(sites[0]) if sites else [],
+        "range_check": range_check(made.get("range_check")),
         "deterministic": deterministic if isinstance(deterministic, Mapping) else {},
         "toolchain": dict(made.get("toolchain") or {}),
         "options": dict(made.get("options") or {}),

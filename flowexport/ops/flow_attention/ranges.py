@@ -3,7 +3,7 @@
 The form is run on representative logits with every operator's result (and
 every constant) rounded to the arithmetic at hand, and compared with the
 reference in float64. Sums inside one operator stay wide, as in the GEMMs and
-reductions of GPUs and NPUs; this brackets declared storage, not accumulators.
+reductions of GPUs and NPUs, except in ``fp16_acc16``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from flowexport.core.errors import UnknownNameError
+from flowexport.ops.accumulate import half_cumsum, half_matmul, half_sum
 from flowexport.ops.descriptor import AttentionSite
 from flowexport.ops.flow_attention.lowered import FORMS
 from flowexport.ops.flow_attention.op import variant_of
@@ -31,12 +32,19 @@ class Arithmetic:
     """A storage format: what it rounds to, and the error allowed of the largest output.
 
     The bound of the short formats is eight units in the last place: the result passes
-    through about a dozen rounded operators, whose errors partly cancel.
+    through about a dozen rounded operators, whose errors partly cancel. With a half
+    accumulator it is 32: a sum of n <= 256 terms walks √n half units at random, 8 at
+    most, and four such sums follow one another.
+
+    Attributes:
+        flush: subnormals become 0.
+        narrow: sums inside one operator are half, too.
     """
 
     dtype: torch.dtype
     flush: bool
     bound: float
+    narrow: bool = False
 
     def round(self, x: Tensor) -> Tensor:
         """Return x rounded to the format, in x's own dtype."""
@@ -50,6 +58,7 @@ ARITHMETICS: Mapping[str, Arithmetic] = MappingProxyType(
     {
         "fp16": Arithmetic(torch.float16, False, 8 * 2.0**-10),
         "fp16_ftz": Arithmetic(torch.float16, True, 8 * 2.0**-10),
+        "fp16_acc16": Arithmetic(torch.float16, False, 32 * 2.0**-10, narrow=True),
         "bf16": Arithmetic(torch.bfloat16, False, 8 * 2.0**-7),
         # Sums are not wider than float32 here: their rounding over N tokens comes on top.
         "fp32": Arithmetic(torch.float32, False, 2e-5),
@@ -86,6 +95,27 @@ class SiteVerdict:
         return dict(self.__dict__)
 
 
+def _narrow_sum(x: Tensor, axes: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
+    return half_sum(x, range(x.dim()) if axes is None else axes, keepdim)
+
+
+def _narrow_mean(x: Tensor, axes: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
+    total = _narrow_sum(x, axes, keepdim)
+    return total / max(1, x.numel() // max(1, total.numel()))
+
+
+_NARROW: Mapping[Any, Callable[..., Tensor]] = MappingProxyType(
+    {
+        torch.ops.aten.sum.dim_IntList: _narrow_sum,
+        torch.ops.aten.mean.dim: _narrow_mean,
+        torch.ops.aten.mm.default: half_matmul,
+        torch.ops.aten.bmm.default: half_matmul,
+        torch.ops.aten.cumsum.default: lambda x, axis, **_: half_cumsum(x, axis),
+    }
+)
+"""What adds up inside one operator, among those that the forms are made of."""
+
+
 class RoundingMode(TorchDispatchMode):
     """Round the floating results and constants of every operator inside the block.
 
@@ -117,7 +147,9 @@ class RoundingMode(TorchDispatchMode):
                     self._constants[x] = True
             return result
         args, kwargs = tree_map(self._stored, (args, dict(kwargs or {})))
-        return tree_map(lambda x: self._result(func, x), func(*args, **kwargs))
+        narrow = _NARROW.get(func) if self.arithmetic.narrow else None
+        result = func(*args, **kwargs) if narrow is None else narrow(*args, **kwargs)
+        return tree_map(lambda x: self._result(func, x), result)
 
     def _stored(self, value: Any) -> Any:
         """Return an argument as the graph stores it: constants are rounded."""
@@ -147,7 +179,8 @@ def check_site(
         site: the layer; its variant and path are used, its shapes are not.
         q, k, v: representative logits and values, (B, N, H, D), any float dtype.
         form: a name in FORMS.
-        arithmetic: ``fp16``, ``fp16_ftz`` (subnormals flushed), ``bf16`` or ``fp32``.
+        arithmetic: a name in ARITHMETICS: ``fp16``, ``fp16_ftz`` (subnormals flushed),
+            ``fp16_acc16`` (sums in half), ``bf16`` or ``fp32``.
 
     Raises:
         UnknownNameError: no such form or arithmetic.

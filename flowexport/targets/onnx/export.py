@@ -52,10 +52,14 @@ def export(
     *,
     opset: int,
     pinned: str | None,
+    precision: Precision | None = None,
 ) -> tuple[ModelProto, tuple[SiteForm, ...]]:
     """Export a program, each attention as a ``flowexport::<name>`` node with its function.
 
     An attention whose descriptor gives no ONNX attributes is decomposed instead.
+
+    Args:
+        precision: that forms are chosen for, where the file is quantised afterwards.
 
     Raises:
         LoweringError: the pinned form does not exist.
@@ -76,7 +80,7 @@ def export(
         exported = program.exported
     by_name = {op.name: op for op in fused}
     kept = [site for site in program.attentions if site.op in by_name]
-    choices = tuple(_choose(by_name[site.op], site, program, pinned) for site in kept)
+    choices = tuple(_choose(by_name[site.op], site, program, pinned, precision) for site in kept)
     if kept:
         exported, misses = before_decomposition(
             exported, [op.overload for op in fused], [c.form for c in choices]
@@ -146,15 +150,19 @@ class _Functions:
 
 
 def _choose(
-    op: AttentionDescriptor, site: AttentionSite, program: LoweredProgram, pinned: str | None
+    op: AttentionDescriptor,
+    site: AttentionSite,
+    program: LoweredProgram,
+    pinned: str | None,
+    precision: Precision | None,
 ) -> Choice:
     if pinned is None:
-        return op.choose("onnx", program.precision.value, site)
+        return op.choose("onnx", (precision or program.precision).value, site)
     if pinned not in op.forms:
         raise LoweringError(
             f"lower onnx {program.model}: form is {pinned!r}; expected one of {sorted(op.forms)}."
         )
-    return Choice(pinned, "pinned by the recipe")
+    return Choice(pinned, program.pin_reason)
 
 
 def _attributes(op: AttentionDescriptor, arguments: tuple[Any, ...]) -> dict[str, Any]:

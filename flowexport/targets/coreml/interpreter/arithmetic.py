@@ -13,9 +13,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from flowexport.ops.accumulate import half_cumsum, half_matmul, half_sum
+
 FP16_LARGEST_SUBNORMAL = 2.0**-14 - 2.0**-24
-MATMUL_CHUNK = 32
-"""Products that ``acc16`` adds in float32 before each float16 addition: a dot unit's width."""
 
 
 class Mode(StrEnum):
@@ -60,19 +60,7 @@ class Arithmetic:
             return x
         if not self.narrow or not x.is_floating_point():
             return x.sum(dim=list(axes), keepdim=keep, dtype=x.dtype)
-        summed = sorted(a % x.dim() for a in axes)
-        kept = [d for d in range(x.dim()) if d not in summed]
-        shape = [x.shape[d] for d in kept]
-        terms = x.permute(*summed, *kept).reshape(-1, *shape).half()
-        total = torch.zeros(shape, dtype=torch.float16)
-        for term in terms:
-            total += term
-        result = total.float()
-        return (
-            result.reshape([1 if d in summed else s for d, s in enumerate(x.shape)])
-            if (keep)
-            else result
-        )
+        return half_sum(x, axes, keep)
 
     def mean(self, x: Tensor, axes: Sequence[int], keep: bool = False) -> Tensor:
         """Average over ``axes``: the sum, then one division."""
@@ -85,24 +73,10 @@ class Arithmetic:
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         """Multiply (..., n, k) by (..., k, m); in ``acc16`` chunks of k are added in float16."""
-        depth = x.shape[-1]
-        if not self.narrow or depth <= MATMUL_CHUNK or x.dim() < 2 or y.dim() < 2:
-            return torch.matmul(x, y)
-        parts = (
-            torch.matmul(x[..., k : k + MATMUL_CHUNK], y[..., k : k + MATMUL_CHUNK, :]).half()
-            for k in range(0, depth, MATMUL_CHUNK)
-        )
-        total = next(parts)
-        for part in parts:
-            total += part
-        return total.float()
+        return half_matmul(x, y) if self.narrow else torch.matmul(x, y)
 
     def cumsum(self, x: Tensor, axis: int) -> Tensor:
         """Return prefix sums; in ``acc16`` with a float16 accumulator."""
         if not self.narrow or not x.is_floating_point():
             return x.cumsum(axis, dtype=x.dtype)
-        total, prefixes = None, []
-        for term in x.half().unbind(axis):
-            total = term if total is None else total + term
-            prefixes.append(total)
-        return torch.stack(prefixes, axis).float()
+        return half_cumsum(x, axis)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowexport.targets.coreml.interpreter.arithmetic import MATMUL_CHUNK, Arithmetic
+from flowexport.ops.accumulate import MATMUL_CHUNK
+from flowexport.targets.coreml.interpreter.arithmetic import Arithmetic
 from flowexport.targets.coreml.interpreter.handlers._values import Handler, ints, require
 
 
