@@ -66,7 +66,7 @@ def test_every_kind_of_variant_converts(variant: str, tmp_path: Path) -> None:
         result = session.run(feeds)
         split = dict(session.info.details)
     assert largest_error(result, truth(layer(variant), feeds)) <= FP32_TOLERANCE
-    assert split == artifact.details["delegation"]
+    assert {"serving_default": split} == artifact.details["delegation"]
     assert (split["partitions"] == 1 and not split["not_delegated"]) == (
         not artifact.details["warnings"]
     )
@@ -81,14 +81,18 @@ def test_operators_that_stay_outside_xnnpack_are_named(tmp_path: Path) -> None:
 
     program = lower(Prefix(), [TensorSpec("x", ("batch", 6, 4))], ["y"], name="prefix", ops=())
     artifact = TARGET.convert(program, Options(), tmp_path)
-    split = artifact.details["delegation"]
+    split = dict(artifact.details["delegation"]["serving_default"])
+    (outside,) = split.pop("outside")
+    assert outside.startswith("CUMSUM ")
     assert split == {
         "delegate": "XNNPACK",
         "partitions": 2,
         "delegated": 2,
         "not_delegated": {"CUMSUM": 1},
     }
-    assert "CUMSUM" in artifact.details["warnings"][0]
+    (warning,) = artifact.details["warnings"]
+    assert warning.startswith("serving_default runs in 2 XNNPACK partitions; outside: 1 CUMSUM (")
+    assert TARGET.inspect(artifact.path)["delegation"] == artifact.details["delegation"]
     assert artifact.form == "none"
 
 
@@ -104,7 +108,7 @@ def test_fp16_rounds_the_weights_and_nothing_else(fp16: Artifact, fp32: Artifact
     stored = fp16.details["constant_bytes"]
     assert stored["float16"] == 2 * (16 * 48 + 16 * 3)  # qkv and head
     assert fp32.details["constant_bytes"].keys() == {"float32", "int32"}
-    assert fp16.details["delegation"]["partitions"] == 1
+    assert fp16.details["delegation"]["serving_default"]["partitions"] == 1
     assert "float32" in fp16.details["arithmetic"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,7 +76,13 @@ class _Bar(Progress):
 
 @contextmanager
 def show_progress(verbose: bool) -> Iterator[Progress]:
-    """Draw progress on stderr: live on a terminal, lines with ``--verbose``, else nothing."""
+    """Draw progress on stderr: live on a terminal, lines with ``--verbose``, else nothing.
+
+    ``--verbose`` also shows what runtimes say of themselves.
+    """
+    if verbose:
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("flowexport").setLevel(logging.INFO)
     if not sys.stderr.isatty():
         yield _Lines() if verbose else Progress()
         return

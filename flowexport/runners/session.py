@@ -62,14 +62,15 @@ class RunnerTarget:
         """
         if (refusal := self.refusal(artifact)) is not None:
             raise refusal
-        return RunnerSession(artifact, self._machine, threads)
+        return RunnerSession(artifact, self._machine, threads, self._target)
 
 
 class RunnerSession(Session):
     """One artifact in a child process; its feeds and results travel as files."""
 
-    def __init__(self, artifact: Artifact, machine: Machine, threads: int) -> None:
+    def __init__(self, artifact: Artifact, machine: Machine, threads: int, target: Target) -> None:
         super().__init__(artifact)
+        self._file_feeds = getattr(target, "file_feeds", None)
         self._where = f"run {artifact.target} {artifact.model} on {machine.name}"
         self._folder = Path(tempfile.mkdtemp(prefix="flowexport-"))
         self._count = 0
@@ -101,6 +102,8 @@ class RunnerSession(Session):
         return self._info
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if self._file_feeds is not None:  # the file's ends are not the artifact's
+            feeds = self._file_feeds(self.artifact, feeds)
         self._count += 1
         given, results = (self._folder / f"{k}-{self._count}.npz" for k in ("in", "out"))
         # Names that savez would take for its own are none of a model's: they are identifiers.

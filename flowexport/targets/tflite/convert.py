@@ -14,18 +14,22 @@ from torch import nn
 from flowexport.core.errors import ConversionError
 from flowexport.core.types import Precision
 from flowexport.lowering import LoweredProgram
+from flowexport.targets.tflite.ends import ImageEnd
 
 
 class _Named(nn.Module):
     """A module of keyword inputs and a dict of results: litert-torch takes the names from them."""
 
-    def __init__(self, module: nn.Module, outputs: list[str]) -> None:
+    def __init__(self, module: nn.Module, outputs: list[str], image: ImageEnd | None) -> None:
         super().__init__()
         self.module = module
+        self.image = image
         self.outputs = outputs
         self.training = False  # eval() would recurse into the exported module, which refuses it
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.image is not None:
+            inputs = {n: self.image.inside(x) for n, x in inputs.items()}
         results = self.module(*inputs.values())
         if isinstance(results, torch.Tensor):
             results = (results,)
@@ -40,11 +44,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def to_flatbuffer(programs: Mapping[str, LoweredProgram]) -> bytes:
+def to_flatbuffer(programs: Mapping[str, LoweredProgram], image: ImageEnd | None = None) -> bytes:
     """Convert static programs without attention nodes.
 
     Args:
         programs: by signature name, the main one first; several share equal weights.
+        image: what the file takes in place of the programs' one input, or None.
 
     Raises:
         ConversionError: litert-torch refused the program.
@@ -62,8 +67,8 @@ def to_flatbuffer(programs: Mapping[str, LoweredProgram]) -> bytes:
                 names = (s.name for s in function.inputs)
                 converter = converter.signature(
                     name,
-                    _Named(module, [s.name for s in function.outputs]),
-                    sample_kwargs=dict(zip(names, function.example(), strict=True)),
+                    _Named(module, [s.name for s in function.outputs], image),
+                    sample_kwargs=dict(zip(names, _example(function, image), strict=True)),
                 )
             # Without x64, 64-bit inputs become 32-bit ones.
             return bytes(converter.convert(enable_x64=wide).model_content())
@@ -72,6 +77,13 @@ def to_flatbuffer(programs: Mapping[str, LoweredProgram]) -> bytes:
                 f"convert tflite {program.model}: litert-torch refused the program:"
                 f" {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             ) from error
+
+
+def _example(program: LoweredProgram, image: ImageEnd | None) -> tuple[torch.Tensor, ...]:
+    if image is None:
+        return program.example()
+    dtype = getattr(torch, image.spec.dtype)
+    return (torch.zeros([int(d) for d in image.spec.shape], dtype=dtype),)
 
 
 def store_weights_in_half(content: bytes, model: str) -> Any:

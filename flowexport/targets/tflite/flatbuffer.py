@@ -127,6 +127,24 @@ def signature(model: Any, name: str | None = None) -> tuple[list[TensorSpec], li
     return specs(chosen.inputs, graph.inputs), specs(chosen.outputs, graph.outputs)
 
 
+def with_main(model: Any, name: str) -> bytes:
+    """Return the bytes of the model with a signature's graph as its first one.
+
+    A runtime tells of the first graph alone how it was delegated.
+    """
+    import copy
+
+    import flatbuffers
+
+    chosen = dict(zip(signatures(model), model.signatureDefs, strict=True))[name].subgraphIndex
+    turned = copy.copy(model)  # the tensors' data are shared
+    turned.subgraphs = [model.subgraphs[chosen]]
+    turned.signatureDefs, turned.metadata = [], []
+    builder = flatbuffers.Builder(1 << 20)
+    builder.Finish(turned.Pack(builder), file_identifier=IDENTIFIER)
+    return bytes(builder.Output())
+
+
 def names_files(model: Any, buffer_name: str, file_name: str) -> bool:
     """Return whether a metadata buffer names a file that should follow the flatbuffer."""
     for entry in model.metadata or []:
@@ -135,16 +153,22 @@ def names_files(model: Any, buffer_name: str, file_name: str) -> bool:
     return False
 
 
-def operator_counts(model: Any) -> dict[str, int]:
-    """Return how often each operator occurs, over all subgraphs."""
+def operator_names(model: Any) -> list[str]:
+    """Return the name of each operator code."""
     from ai_edge_litert import schema_py_generated as schema
 
     names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
-    codes = []
+    found = []
     for code in model.operatorCodes:
         builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
         custom = code.customCode.decode() if code.customCode else None
-        codes.append(custom or names.get(builtin, str(builtin)))
+        found.append(custom or names.get(builtin, str(builtin)))
+    return found
+
+
+def operator_counts(model: Any) -> dict[str, int]:
+    """Return how often each operator occurs, over all subgraphs."""
+    codes = operator_names(model)
     counts = Counter(codes[op.opcodeIndex] for g in model.subgraphs for op in g.operators)
     return dict(sorted(counts.items()))
 

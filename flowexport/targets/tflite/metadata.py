@@ -11,9 +11,15 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flowexport.core.errors import InputError
+from flowexport.core.pixels import Pixels
+from flowexport.core.types import TensorSpec
+from flowexport.targets.tflite.ends import ImageEnd
 
 BUFFER_NAME = "TFLITE_METADATA"
 LABELS_FILE = "labels.txt"
@@ -21,6 +27,53 @@ HEADER_FILE = "flowexport.json"
 
 _TENSOR_AXIS_LABELS = 2  # AssociatedFileType
 _DESCRIPTIONS = 1
+_IMAGE_PROPERTIES = 2  # ContentProperties
+_NORMALIZATION = 1  # ProcessUnitOptions
+_COLOR_SPACES = {"RGB": 1, "grayscale": 2}
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the standard tools read of an image input; values are a channel each.
+
+    Attributes:
+        mean, std: make the tensor's values of 8-bit pixels, (pixel - mean) / std.
+        low, high: the tensor's values for the pixels 0 and 255.
+    """
+
+    name: str
+    width: int
+    height: int
+    color: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+def image_facts(
+    inputs: Sequence[TensorSpec], preprocessing: Mapping[str, Any], end: ImageEnd | None
+) -> ImageFacts | None:
+    """Return the facts of the one image input, or None where there is no such input.
+
+    Args:
+        end: what the file takes in place of it; its pixels need no preprocessing.
+    """
+    try:
+        (spec,) = inputs
+        pixels = Pixels.of(preprocessing, spec, "describe")
+    except (ValueError, InputError):
+        return None
+    count = len(pixels.mean)
+    height, width = (int(d) for d in spec.shape[2:])
+    if end is not None and end.pixels is not None:
+        mean, std, low, high = (0.0,) * count, (1.0,) * count, (0.0,) * count, (255.0,) * count
+    else:
+        mean = tuple((m - pixels.low) / pixels.step for m in pixels.mean)
+        std = tuple(s / pixels.step for s in pixels.std)
+        low = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        high = tuple((255 - m) / s for m, s in zip(mean, std, strict=True))
+    return ImageFacts(spec.name, width, height, pixels.color, mean, std, low, high)
 
 
 def metadata_buffer(
@@ -29,6 +82,7 @@ def metadata_buffer(
     inputs: Sequence[str],
     outputs: Sequence[str],
     labelled: str | None,
+    image: ImageFacts | None = None,
 ) -> bytes:
     """Return the ``TFLITE_METADATA`` flatbuffer.
 
@@ -37,6 +91,7 @@ def metadata_buffer(
         description: one line on the model.
         inputs, outputs: tensor names in the order of the subgraph's tensors.
         labelled: the output that ``labels.txt`` describes, or None.
+        image: what an image input holds, or None.
     """
     import flatbuffers
 
@@ -62,8 +117,28 @@ def metadata_buffer(
     def file(name: str, about: str, kind: int) -> int:
         return table({0: text(name), 1: text(about)}, 4, {2: kind})
 
+    def floats(values: Sequence[float]) -> int:
+        builder.StartVector(4, len(values), 4)
+        for value in reversed(values):
+            builder.PrependFloat32(value)
+        return int(builder.EndVector())
+
+    def content(facts: ImageFacts) -> int:
+        builder.StartObject(2)  # ImageSize
+        builder.PrependUint32Slot(0, facts.width, 0)
+        builder.PrependUint32Slot(1, facts.height, 0)
+        size = int(builder.EndObject())
+        colours = table({1: size}, 2, {0: _COLOR_SPACES[facts.color]})
+        return table({1: colours}, 3, {0: _IMAGE_PROPERTIES})
+
     def tensor(name: str) -> int:
         fields = {0: text(name)}
+        if image is not None and name == image.name:
+            fields[3] = content(image)
+            # What a reader does to 8-bit pixels: (pixel - mean) / std.
+            options = table({0: floats(image.mean), 1: floats(image.std)}, 2)
+            fields[4] = vector([table({1: options}, 2, {0: _NORMALIZATION})])
+            fields[5] = table({0: floats(image.high), 1: floats(image.low)}, 2)  # Stats
         if name == labelled:
             fields[6] = vector([file(LABELS_FILE, "class names", _TENSOR_AXIS_LABELS)])
         return table(fields, 7)

@@ -7,8 +7,11 @@ from typing import Any
 
 from flowexport.core.errors import InputError, UnknownNameError
 from flowexport.core.types import Options, Precision
+from flowexport.targets.tflite.compat import RUNTIMES
 
 PRECISIONS = (Precision.FP32, Precision.FP16)
+LAYOUTS = ("nchw", "nhwc")
+INPUT_DTYPES = ("float32", "uint8")
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,26 @@ class TFLiteOptions:
 
     Attributes:
         form: the attention form to use at every site; None lets lowering choose.
+        layout: order of an image input's dimensions in the file; the model's own is nchw.
+        input_dtype: of an image input in the file; uint8 takes pixels, with the
+            preprocessing inside the graph.
+        compat: an older runtime that the file has to run on, or None.
     """
 
     form: str | None = None
+    layout: str = "nchw"
+    input_dtype: str = "float32"
+    compat: str | None = None
+
+    @property
+    def image(self) -> bool:
+        """Whether the file's image input is not the model's own."""
+        return (self.layout, self.input_dtype) != (LAYOUTS[0], INPUT_DTYPES[0])
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether int8 weights may have one scale a channel."""
+        return self.compat is None
 
     @classmethod
     def parse(cls, options: Options) -> TFLiteOptions:
@@ -42,4 +62,9 @@ class TFLiteOptions:
         form = extra.get("form")
         if form is not None and not isinstance(form, str):
             raise InputError(f"convert tflite: form is {form!r}; expected the name of a form.")
-        return cls(form=form)
+        choices = {"layout": LAYOUTS, "input_dtype": INPUT_DTYPES, "compat": RUNTIMES}
+        for key, valid in choices.items():
+            value = extra.get(key)
+            if value is not None and value not in valid:
+                raise UnknownNameError(key, str(value), valid, where="convert tflite")
+        return cls(**{k: v for k, v in extra.items() if v is not None})

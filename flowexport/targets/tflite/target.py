@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
+from flowexport.core.pixels import Pixels
 from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
     FORWARD,
     Artifact,
     Availability,
     Function,
+    ModelSpec,
     Options,
     Precision,
     Session,
@@ -25,10 +29,11 @@ from flowexport.lowering import LoweredProgram, decompose, require_static, speci
 from flowexport.lowering.passes import fold_norm_affine
 from flowexport.ops.descriptor import AttentionSite, Choice
 from flowexport.ops.installed import installed_ops
-from flowexport.targets.tflite import flatbuffer, metadata
+from flowexport.targets.tflite import compat, flatbuffer, metadata
 from flowexport.targets.tflite.convert import store_weights_in_half, to_flatbuffer
+from flowexport.targets.tflite.ends import ImageEnd, image_end
 from flowexport.targets.tflite.options import PRECISIONS, TFLiteOptions
-from flowexport.targets.tflite.session import TFLiteSession, delegation, open_interpreter
+from flowexport.targets.tflite.session import TFLiteSession, delegations, file_feeds
 
 _CONVERTERS = {"litert-torch": "litert_torch", "ai-edge-quantizer": "ai_edge_quantizer"}
 _RUNTIME = {"ai-edge-litert": "ai_edge_litert"}
@@ -73,6 +78,22 @@ class TFLiteTarget:
         """Raise InputError or UnknownNameError for what TFLite does not support."""
         TFLiteOptions.parse(options)
 
+    def check_model(self, spec: ModelSpec, options: Options, several: bool) -> dict[str, Pixels]:
+        """Refuse, before any long work, what a file of this model cannot have.
+
+        Args:
+            several: whether the file holds several functions.
+
+        Returns:
+            The inputs that the file takes as 8-bit pixels.
+
+        Raises:
+            InputError: layout or input_dtype does not fit the inputs.
+        """
+        settings = TFLiteOptions.parse(options)
+        end = image_end(spec.inputs, spec.preprocessing, settings, f"convert tflite {spec.name}")
+        return {end.spec.name: end.pixels} if end is not None and end.pixels is not None else {}
+
     def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
         """Write ``<model>.tflite`` under ``out``: batch 1, named inputs and outputs.
 
@@ -95,6 +116,8 @@ class TFLiteTarget:
             " (signature) a length",
         )
         self._require_converter(program.model)
+        where = f"convert tflite {program.model}"
+        image = image_end(program.inputs, program.preprocessing, settings, where)
         ops = installed_ops()
         static = specialise(program, ops)
         # The arithmetic is float32 whatever the weights are stored in: float32's form.
@@ -110,7 +133,8 @@ class TFLiteTarget:
             for name, f in functions.items()
         }
         alone = not others and program.entry == FORWARD
-        content: Any = to_flatbuffer({_SIGNATURE if alone else program.entry: plain, **others})
+        main = _SIGNATURE if alone else program.entry
+        content: Any = to_flatbuffer({main: plain, **others}, image)
         if options.precision is Precision.FP16:
             content = store_weights_in_half(content, program.model)
 
@@ -132,10 +156,21 @@ class TFLiteTarget:
         }
         if functions:
             header["state"] = {n: dict(f.state) for n, f in functions.items() if f.state}
-        self._describe(path, static, header)
-        operators = self._check(path, static)
+        if settings.compat is not None:
+            compat.require_compatible(flatbuffer.read_model(path), settings.compat, program.model)
+            header["compat"] = settings.compat
+        if image is not None:
+            header["image"] = image.to_json()
+        self._describe(path, static, header, image)
+        operators = self._check(path, static, None if image is None else image.spec)
         for name, function in functions.items():
-            self._check(path, function, name)
+            self._check(path, function, None, name)
+        details = self._details(path, options.precision, operators, static.attentions, choices)
+        details |= {k: header[k] for k in ("compat", "image") if k in header}
+        pixels = image is not None and image.pixels is not None
+        details["warnings"] = [
+            w for n, s in details["delegation"].items() for w in _torn(n, s, pixels=pixels)
+        ]
         sha256 = sha256_file(path)
         return Artifact(
             target=self.name,
@@ -151,7 +186,7 @@ class TFLiteTarget:
             fusions=_fusions(operators, [op.name for op in ops]),
             toolchain=toolchain,
             options=dict(options.extra),
-            details=self._details(path, options.precision, operators, static.attentions, choices),
+            details=details,
             entry=program.entry,
             functions={
                 name: Function(
@@ -170,6 +205,12 @@ class TFLiteTarget:
         """
         self._require_runtime(artifact.model)
         return TFLiteSession(artifact, threads)
+
+    def file_feeds(
+        self, artifact: Artifact, feeds: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Return what the file takes for feeds of the artifact's specs."""
+        return file_feeds(artifact, feeds)
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """Read a finished file.
@@ -197,9 +238,16 @@ class TFLiteTarget:
             "labels": labels,
             "constant_bytes": flatbuffer.constant_bytes(model),
             "size_bytes": path.stat().st_size,
+            "delegation": delegations(path),
         }
 
-    def _describe(self, path: Path, program: LoweredProgram, header: dict[str, Any]) -> None:
+    def _describe(
+        self,
+        path: Path,
+        program: LoweredProgram,
+        header: dict[str, Any],
+        image: ImageEnd | None,
+    ) -> None:
         """Rewrite the file with its metadata inside and the labels behind it."""
         model = flatbuffer.read_model(path)
         inputs, outputs = flatbuffer.signature(model)
@@ -209,6 +257,7 @@ class TFLiteTarget:
             [s.name for s in inputs],
             [s.name for s in outputs],
             labelled=program.outputs[0].name if program.labels else None,
+            image=metadata.image_facts(program.inputs, program.preprocessing, image),
         )
         temporary = path.with_suffix(".partial")
         flatbuffer.write_model(model, temporary, {metadata.BUFFER_NAME: described})
@@ -216,14 +265,22 @@ class TFLiteTarget:
         temporary.replace(path)
 
     def _check(
-        self, path: Path, program: LoweredProgram, name: str | None = None
+        self,
+        path: Path,
+        program: LoweredProgram,
+        image: TensorSpec | None,
+        name: str | None = None,
     ) -> dict[str, int]:
-        """Return the operators of a file whose signature has exactly the program's ends."""
+        """Return the operators of a file whose signature has exactly the program's ends.
+
+        Args:
+            image: of the file, in place of the program's input.
+        """
         model = flatbuffer.read_model(path)
         for kind, found, wanted in zip(
             ("inputs", "outputs"),
             flatbuffer.signature(model, name),
-            (program.inputs, program.outputs),
+            (program.inputs if image is None else (image,), program.outputs),
             strict=True,
         ):
             if {s.name: s for s in found} != {s.name: s for s in wanted}:
@@ -241,11 +298,10 @@ class TFLiteTarget:
         sites: Sequence[AttentionSite],
         choices: Sequence[Choice],
     ) -> dict[str, Any]:
-        split = delegation(open_interpreter(path, 1))
         half = precision is Precision.FP16
-        details: dict[str, Any] = {
+        return {
             "batch": 1,
-            "delegation": split,
+            "delegation": delegations(path),
             "operators": operators,
             "constant_bytes": flatbuffer.constant_bytes(flatbuffer.read_model(path)),
             "arithmetic": "float32 on a CPU; weights are stored as float16" if half else "float32",
@@ -253,14 +309,7 @@ class TFLiteTarget:
                 {"module": s.module_path, "form": c.form, "reason": c.reason}
                 for s, c in zip(sites, choices, strict=True)
             ],
-            "warnings": [],
         }
-        if split["partitions"] != 1 or split["not_delegated"]:
-            details["warnings"].append(
-                f"{split['partitions']} XNNPACK partitions; not delegated:"
-                f" {split['not_delegated'] or 'nothing'}"
-            )
-        return details
 
     def _require_converter(self, model: str) -> None:
         found = self.probe()
@@ -271,6 +320,24 @@ class TFLiteTarget:
         found = self.probe()
         if not found.runs:
             raise UnavailableError(f"load tflite {model}: {found.reason}.", fix=found.fix)
+
+
+def _torn(name: str, split: Mapping[str, Any], *, pixels: bool) -> list[str]:
+    """Return the warning on a signature that XNNPACK does not run as one piece.
+
+    Args:
+        pixels: the input is uint8, whose CAST in front XNNPACK does not take.
+    """
+    if split["partitions"] == 1 and split["not_delegated"] in ({}, {"CAST": 1} if pixels else {}):
+        return []
+    left = [f"{count} {op}" for op, count in split["not_delegated"].items()]
+    where = "; ".join(split["outside"][:5])
+    more = len(split["outside"]) - 5
+    return [
+        f"{name} runs in {split['partitions']} XNNPACK partitions; outside:"
+        f" {', '.join(left) or 'nothing'}"
+        + (f" ({where}{f' and {more} more' if more > 0 else ''})" if where else "")
+    ]
 
 
 def _folded(program: LoweredProgram) -> LoweredProgram:
