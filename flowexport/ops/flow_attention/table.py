@@ -36,7 +36,7 @@ def choose(target: str, precision: str, site: AttentionSite) -> Choice:
     Args:
         target: ``onnx``, ``tflite``, ``coreml`` or ``tensorrt``; others are
             treated like an unmeasured one.
-        precision: ``fp32`` or ``fp16``.
+        precision: ``fp32``, ``fp16`` or a quantised one, whose attention is float32.
         site: shapes (B, N, H, D) and variant.
     """
     variant = variant_of(site.arguments)
@@ -51,7 +51,11 @@ def choose(target: str, precision: str, site: AttentionSite) -> Choice:
     if static and isinstance(heads, int) and isinstance(width, int):
         row = nearest(target, variant.causal, int(tokens), heads * width)
     if row is not None:
-        form, ratio = max(row["forms"].items(), key=lambda item: item[1])
+        measured = row["forms"].items()
+        if precision not in ("fp32", "fp16"):
+            # W xᵀ has its weight on the left, where no runtime has an integer kernel.
+            measured = [(f, r) for f, r in measured if not f.endswith("_projected")]
+        form, ratio = max(measured, key=lambda item: item[1], default=("published", 1.0))
         if ratio <= 1:
             form, ratio = "published", 1.0
         return Choice(

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from flowexport.core.errors import InputError, UnknownNameError
 from flowexport.core.types import Options, Precision
 
-PRECISIONS = (Precision.FP32, Precision.FP16)
+FLOATS = (Precision.FP32, Precision.FP16)
+PRECISIONS = (
+    *FLOATS,
+    Precision.INT8_DYNAMIC,
+    Precision.INT8_STATIC,
+    Precision.INT8_WEIGHTS,
+)
 OPSETS = (20, 21, 22, 23)
-KEYS = ("form", "opset")
+KEYS = ("form", "opset", "symmetric")
 
 
 @dataclass(frozen=True)
@@ -19,10 +25,13 @@ class OnnxOptions:
     Attributes:
         opset: version of the standard operators.
         form: attention form for every node, or None for the measured choice.
+        symmetric: int8-static: signed activations with the zero point 0 and weights in
+            their whole range, as TensorRT wants them; x86 without VNNI saturates on these.
     """
 
     opset: int = OPSETS[0]
     form: str | None = None
+    symmetric: bool = False
 
     @classmethod
     def parse(cls, options: Options, target: str = "onnx") -> OnnxOptions:
@@ -48,4 +57,7 @@ class OnnxOptions:
             forms = {name for op in installed_ops() for name in op.forms}
             if not isinstance(form, str) or form not in forms:
                 raise UnknownNameError("form", str(form), forms, where=target)
-        return cls(int(opset), form)
+        symmetric = options.extra.get("symmetric", False)
+        if not isinstance(symmetric, bool):
+            raise InputError(f"{target}: symmetric is {symmetric!r}; expected true or false.")
+        return cls(int(opset), form, symmetric)

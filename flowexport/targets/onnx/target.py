@@ -26,6 +26,7 @@ from flowexport.targets.onnx.options import PRECISIONS, OnnxOptions
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from flowexport.lowering.quantisation import Quantisation
     from flowexport.targets.onnx.export import SiteForm
 
 NEEDED = ("onnx", "onnxscript", "onnxsim")
@@ -61,7 +62,8 @@ class OnnxTarget:
         """Write ``<model>.onnx``, and ``<model>.<function>.onnx`` for a causal model's functions.
 
         Args:
-            program: of the options' precision, attention nodes in place.
+            program: of the options' precision, float32 for a quantised one, attention nodes
+                in place.
             options: ``extra``: ``opset``, ``form``.
             out: an existing folder.
 
@@ -79,11 +81,11 @@ class OnnxTarget:
                 fix="convert with --precision fp16",
             )
         path = out / f"{program.model}{self.suffix}"
-        model, sites = _write(program, settings, path)
+        model, sites, quantised = _write(program, settings, options, path)
         functions = {}
         for name, function in program.functions.items():
             beside = out / f"{program.model}.{name}{self.suffix}"
-            _write(function, settings, beside)
+            _write(function, settings, options, beside)
             functions[name] = Function(
                 path=beside,
                 sha256=sha256_file(beside),
@@ -97,7 +99,7 @@ class OnnxTarget:
             path=path,
             sha256=sha256_file(path),
             size_bytes=path.stat().st_size,
-            precision=program.precision,
+            precision=options.precision,
             model=program.model,
             recipe_sha256=program.recipe_sha256,
             form=form_summary([site.form for site in sites]),
@@ -114,6 +116,7 @@ class OnnxTarget:
                 "functions": len(model.functions),
                 "attentions": [site.to_json() for site in sites],
                 "deterministic": True,
+                **({"quantisation": quantised.to_json()} if quantised else {}),
             },
             functions=functions,
             entry=program.entry,
@@ -147,16 +150,27 @@ class OnnxTarget:
 
 
 def _write(
-    program: LoweredProgram, settings: OnnxOptions, path: Path
-) -> tuple[ModelProto, tuple[SiteForm, ...]]:
+    program: LoweredProgram, settings: OnnxOptions, options: Options, path: Path
+) -> tuple[ModelProto, tuple[SiteForm, ...], Quantisation | None]:
     """Write one program to one file."""
     from flowexport.targets.onnx.export import export
     from flowexport.targets.onnx.finish import finish
+    from flowexport.targets.onnx.quantise import quantise
 
-    model, sites = export(program, installed_ops(), opset=settings.opset, pinned=settings.form)
+    precision = options.precision
+    model, sites = export(
+        program,
+        installed_ops(),
+        opset=settings.opset,
+        pinned=settings.form,
+        precision=precision if precision.quantised else None,
+    )
     model = finish(model, program, form_summary([site.form for site in sites]))
+    quantised = None
+    if precision.quantised:
+        model, quantised = quantise(model, program, options, symmetric=settings.symmetric)
     path.write_bytes(model.SerializeToString(deterministic=True))
-    return model, sites
+    return model, sites, quantised
 
 
 def form_summary(forms: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from flowexport.core.errors import InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Availability, Options, Precision, Session
 from flowexport.lowering import LoweredProgram
-from flowexport.targets.onnx.options import PRECISIONS
+from flowexport.targets.onnx.options import FLOATS
 from flowexport.targets.tensorrt import sdk
 from flowexport.targets.tensorrt.options import TensorRTOptions
 
@@ -24,7 +24,7 @@ class TensorRTTarget:
     name = "tensorrt"
     suffix = ".engine"
     has_plugin = True
-    precisions: tuple[Precision, ...] = PRECISIONS
+    precisions: tuple[Precision, ...] = FLOATS
 
     def probe(self) -> Availability:
         """Say which library is here and whether a GPU is; never raises."""

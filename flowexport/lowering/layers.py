@@ -1,0 +1,127 @@
+"""The weighted layers of a program, and how to find them again in a converter's file.
+
+Converters rename, transpose, fold and merge weights, and few keep the module's
+path. What survives is the values of an output channel, up to order and scale:
+that is what layers are recognised by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export.graph_signature import InputKind
+
+from flowexport.lowering.program import LoweredProgram, module_path
+
+_LINEAR = {torch.ops.aten.linear.default}
+_CONVOLUTION = {
+    torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv3d.default,
+    torch.ops.aten.convolution.default,
+}
+# Half precision rounds by 5e-4; scales folded into a weight by 1e-7.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear or convolution layer.
+
+    Attributes:
+        path: PyTorch module path, ``encoder.layers.0.fc1``.
+        kind: ``linear`` or ``convolution``.
+        weight: (output channels, values a channel).
+    """
+
+    path: str
+    kind: str
+    weight: np.ndarray
+
+    @property
+    def parameters(self) -> int:
+        return int(self.weight.size)
+
+
+def weighted_layers(program: LoweredProgram) -> tuple[Layer, ...]:
+    """Return the linear and convolution layers of a program, in execution order.
+
+    A module that is called twice is there once.
+    """
+    exported = program.exported
+    stores = {**exported.constants, **exported.state_dict}
+    weights = {
+        spec.arg.name: stores[spec.target]
+        for spec in exported.graph_signature.input_specs
+        if spec.kind is not InputKind.USER_INPUT and spec.target in stores
+    }
+    found: dict[tuple[str, int], Layer] = {}
+    for node in exported.graph.nodes:
+        kind = "linear" if node.target in _LINEAR else "convolution"
+        if node.target not in _LINEAR | _CONVOLUTION:
+            continue
+        weight: Any = weights.get(getattr(node.args[1], "name", ""))
+        if weight is None:
+            continue
+        values = weight.detach().float().numpy()
+        layer = Layer(module_path(node) or node.name, kind, values.reshape(len(values), -1))
+        found.setdefault((layer.path, id(weight)), layer)
+    return tuple(found.values())
+
+
+class LayerIndex:
+    """Tells which layers a weight found in a file came from."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = tuple(layers)
+        self._prints: dict[tuple[int, int], np.ndarray] = {}
+
+    def find(self, weight: np.ndarray) -> tuple[str, ...]:
+        """Return the module paths of a weight's channels, or nothing where it is unknown.
+
+        Several are told where a converter merged layers that read the same input.
+
+        Args:
+            weight: (output channels, values a channel), in any order within a channel.
+        """
+        paths: list[str] = []
+        row, total = 0, len(weight)
+        while row < total:
+            match = self._match(weight[row], total - row)
+            if match is None:
+                return ()
+            path, size = match
+            paths.append(path)
+            row += size
+        return tuple(dict.fromkeys(paths))
+
+    def _match(self, channel: np.ndarray, room: int) -> tuple[str, int] | None:
+        """Return the layer that a channel starts, or starts a part of, and the rows it takes."""
+        looked_for = _fingerprint(channel)
+        best: tuple[float, str, int] | None = None
+        for i, layer in enumerate(self._layers):
+            rows, size = layer.weight.shape
+            if size != len(channel):
+                continue
+            # A layer whole, or one of the equal parts that a fused qkv was split into.
+            parts = [(0, rows)] if rows <= room else []
+            if rows > room and rows % room == 0:
+                parts = [(start, room) for start in range(0, rows, room)]
+            for start, taken in parts:
+                if (i, start) not in self._prints:
+                    self._prints[i, start] = _fingerprint(layer.weight[start])
+                apart = float(np.abs(self._prints[i, start] - looked_for).max())
+                if apart < _SAME and (best is None or apart < best[0]):
+                    best = (apart, layer.path, taken)
+        return None if best is None else best[1:]
+
+
+def _fingerprint(channel: np.ndarray) -> np.ndarray:
+    """Return a channel's values over their largest, sorted: free of order, layout and scale."""
+    values = np.sort(channel.astype(np.float64), axis=None)
+    peak = np.abs(values).max()
+    return values / peak if peak > 0 else values

@@ -1,0 +1,164 @@
+"""Which layers a quantised precision treats how: named rules, the same for every target.
+
+The attention core (everything inside an attention node: sums over all tokens and
+their quotients) is no weighted layer and stays in floating point always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Any
+
+from flowexport.core.errors import ConversionError
+from flowexport.core.types import Precision
+from flowexport.lowering.layers import Layer
+
+
+class Treatment(StrEnum):
+    """What happens to one layer.
+
+    ``integer``: weights and activations in 8 bits, an integer product;
+    ``weights``: weights in few bits, widened before a product in floating point;
+    ``float``: nothing.
+    """
+
+    INTEGER = "integer"
+    WEIGHTS = "weights"
+    FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one layer is treated, by which rule, and why."""
+
+    path: str
+    treatment: Treatment
+    rule: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "treatment": self.treatment.value,
+            "rule": self.rule,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What was done to a file, and what was found when it was read back.
+
+    Attributes:
+        decisions: one a layer, in execution order.
+        found: module path -> what the finished file does there.
+        calibration: name and number of the samples, or None.
+    """
+
+    decisions: tuple[Decision, ...]
+    found: Mapping[str, str]
+    calibration: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": [{**d.to_json(), "found": self.found[d.path]} for d in self.decisions],
+            "calibration": self.calibration,
+        }
+
+
+def matches(path: str, patterns: Sequence[str]) -> str | None:
+    """Return the first pattern that names a module path, or a module around it."""
+    for pattern in patterns:
+        if fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*"):
+            return pattern
+    return None
+
+
+def decide(
+    layers: Sequence[Layer],
+    precision: Precision,
+    keep: Sequence[str],
+    *,
+    where: str,
+    integer_convolutions: bool = True,
+) -> tuple[Decision, ...]:
+    """Return the treatment of every layer, in execution order.
+
+    Args:
+        keep: module paths or globs that stay in floating point.
+        where: the start of a message.
+        integer_convolutions: whether the target gains by integer convolutions.
+
+    Raises:
+        ConversionError: a pattern of ``keep`` names no layer, or nothing would be quantised.
+    """
+    for pattern in keep:
+        if not any(matches(layer.path, [pattern]) for layer in layers):
+            raise ConversionError(
+                f"{where}: keep_float has {pattern!r}, which names no linear or convolution layer;"
+                f" expected one of: {', '.join(layer.path for layer in layers)}.",
+                fix="mend the recipe's `keep_float`",
+            )
+    decisions = []
+    for i, layer in enumerate(layers):
+        kept = matches(layer.path, keep)
+        ends = i in (0, len(layers) - 1)
+        if kept:
+            told = (Treatment.FLOAT, "kept", f"keep_float names {kept}")
+        elif precision not in (Precision.INT8_DYNAMIC, Precision.INT8_STATIC):
+            told = (Treatment.WEIGHTS, "weights", f"{precision.value} stores weights only")
+        elif precision is Precision.INT8_STATIC and ends:
+            end = "reads the model's input" if i == 0 else "gives the model's scores"
+            told = (Treatment.WEIGHTS, "ends", f"{end}: a fixed range would clip what is unusual")
+        elif layer.kind == "convolution" and not integer_convolutions:
+            told = (Treatment.WEIGHTS, "convolution", "slower in integers than in floating point")
+        else:
+            told = (Treatment.INTEGER, "linear", "its product is where the time goes")
+        decisions.append(Decision(layer.path, *told))
+    if all(d.treatment is Treatment.FLOAT for d in decisions):
+        raise ConversionError(
+            f"{where}: keep_float keeps all {len(layers)} layers; expected at least one to"
+            f" quantise to {precision.value}.",
+            fix="--precision fp16, or a shorter `keep_float`",
+        )
+    return tuple(decisions)
+
+
+def treatment_of(paths: Iterable[str], decisions: Sequence[Decision]) -> Treatment:
+    """Return how an operator is treated whose weight is that of these layers.
+
+    A merge of layers of which one is kept is kept whole.
+    """
+    wanted = {d.treatment for d in decisions if d.path in set(paths)}
+    return next(t for t in reversed(Treatment) if t in wanted)
+
+
+def prove(
+    decisions: Sequence[Decision],
+    found: Mapping[str, str],
+    operators: Mapping[str, Sequence[str]],
+    where: str,
+) -> None:
+    """Raise ConversionError unless a finished file does at every layer what its rule says.
+
+    Args:
+        found: module path -> ``integer``, ``weights``, ``float`` or another word, as read back.
+        operators: name of each weighted operator -> the layers it stands for.
+    """
+    merged = {
+        p: treatment_of(parts, decisions)
+        for parts in operators.values()
+        if len(parts) > 1
+        for p in parts
+    }
+    for d in decisions:
+        wanted = merged.get(d.path, d.treatment).value
+        if found.get(d.path) != wanted:
+            raise ConversionError(
+                f"{where}: layer {d.path} is {found.get(d.path, 'missing')} in the finished file;"
+                f" expected {wanted} by the rule {d.rule!r} ({d.reason}).",
+                fix="--precision fp16, or another `form`",
+            )
