@@ -79,7 +79,7 @@ def other_version(source: Artifact, folder: Path) -> Path:
 def test_unknown_plugin_version_is_refused_before_the_build(
     source: Artifact, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConversionError, match="node one .*'2'.*expected.*inlines") as told:
+    with pytest.raises(ConversionError, match=r"node one .*'2'.*expected.*inlines") as told:
         with_plugin(other_version(source, tmp_path), tmp_path, "convert tensorrt net")
     assert told.value.exit_code == 3 and "--no-plugin" in str(told.value)
 

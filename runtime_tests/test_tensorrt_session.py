@@ -196,7 +196,7 @@ def test_plugin_without_a_kernel_names_both_ways_out(
     bench = Bench(tmp_path, monkeypatch, plugin=PLUGIN)
     monkeypatch.setattr(plugin, "register_plugin", lambda *a, **k: plugin_fields.Kernels())
     monkeypatch.setenv("FLOWEXPORT_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(UnavailableError, match="kernel cannot be had.*--no-plugin") as told:
+    with pytest.raises(UnavailableError, match=r"kernel cannot be had.*--no-plugin") as told:
         bench.open()
     assert told.value.exit_code == 5
 
