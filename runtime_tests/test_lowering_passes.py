@@ -13,7 +13,7 @@ from flowexport.lowering.passes import after_decomposition, before_decomposition
 from flowexport.lowering.passes.constants import fold_constants
 from flowexport.lowering.passes.dropout import remove_dropout
 from flowexport.lowering.passes.layer_scale import fold_layer_scale
-from flowexport.lowering.passes.norms import fold_norm_affine
+from flowexport.lowering.passes.norms import fold_norm_affine, spell_out_norms
 from flowexport.lowering.passes.permutes import cancel_permutes, merge_heads_first
 from flowexport.lowering.passes.projections import (
     NoMatch,
@@ -166,6 +166,16 @@ def test_a_norm_that_others_read_or_a_plain_one_stays(affine: bool, residual: bo
     before = exported(Normed(True, affine=affine, residual=residual))
     after = fold_norm_affine(before)
     assert set(after.state_dict) == set(before.state_dict)
+    same(before, after)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_are_spelled_out(affine: bool) -> None:
+    before = exported(Normed(True, affine=affine, residual=True))
+    after = spell_out_norms(before)
+    assert aten.layer_norm.default in targets(before)
+    assert aten.layer_norm.default not in targets(after)
+    assert targets(after).count(aten.mul.Tensor) == (3 if affine else 2)
     same(before, after)
 
 

@@ -2,7 +2,7 @@
 
 ``clean`` runs once, when a model is lowered; ``before_decomposition`` and
 ``after_decomposition`` run around the choice of forms, for one target;
-``fold_norm_affine`` is for targets whose runtime has no layer norm.
+``fold_norm_affine`` and ``spell_out_norms`` are for runtimes that have no layer norm.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from flowexport.lowering.passes.constants import fold_constants
 from flowexport.lowering.passes.dropout import remove_dropout
 from flowexport.lowering.passes.layer_scale import fold_layer_scale
-from flowexport.lowering.passes.norms import fold_norm_affine
+from flowexport.lowering.passes.norms import fold_norm_affine, spell_out_norms
 from flowexport.lowering.passes.permutes import cancel_permutes, merge_heads_first
 from flowexport.lowering.passes.projections import (
     NoMatch,
@@ -72,4 +72,5 @@ __all__ = [
     "before_decomposition",
     "clean",
     "fold_norm_affine",
+    "spell_out_norms",
 ]

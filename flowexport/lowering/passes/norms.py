@@ -1,4 +1,4 @@
-"""Fold a layer norm's scale and shift into the linear layers that read it."""
+"""Layer norms for runtimes that have none: scale and shift folded away, few operators left."""
 
 from __future__ import annotations
 
@@ -36,6 +36,38 @@ def fold_norm_affine(exported: ExportedProgram) -> ExportedProgram:
             )
         for linear in list(node.users):
             _rewrite(edit, linear, plain, gamma, shift)
+        edit.graph.erase_node(node)
+    return edit.finish()
+
+
+def spell_out_norms(exported: ExportedProgram) -> ExportedProgram:
+    """Write a layer norm as c · rsqrt(mean(c²) + ε) with c = x − mean(x).
+
+    litert-torch writes x · r + (−mean · r) with the variance beside it: a pass
+    over the activations more.
+
+    Before: ``layer_norm(x; γ, β)``. After: ``mean, sub, mul, mean, add, rsqrt, mul
+    [, mul γ] [, add β]``.
+    Requires: nothing. Ensures: no layer norm over the last axis is left.
+    """
+    edit = GraphEdit(exported)
+    for node in list(edit.graph.nodes):
+        if not calls(node, aten.layer_norm.default) or len(node.args[1]) != 1:
+            continue
+        x, gamma, beta = node.args[0], argument(node, 2), argument(node, 3)
+        with edit.graph.inserting_before(node):
+            mean = edit.call(aten.mean.dim, x, [-1], True, like=node)
+            centred = edit.call(aten.sub.Tensor, x, mean, like=node)
+            square = edit.call(aten.mul.Tensor, centred, centred, like=node)
+            variance = edit.call(aten.mean.dim, square, [-1], True, like=node)
+            raised = edit.call(aten.add.Tensor, variance, argument(node, 4, 1e-5), like=node)
+            scale = edit.call(aten.rsqrt.default, raised, like=node)
+            result = edit.call(aten.mul.Tensor, centred, scale, like=node)
+            if gamma is not None:
+                result = edit.call(aten.mul.Tensor, result, gamma, like=node)
+            if beta is not None:
+                result = edit.call(aten.add.Tensor, result, beta, like=node)
+        node.replace_all_uses_with(result)
         edit.graph.erase_node(node)
     return edit.finish()
 

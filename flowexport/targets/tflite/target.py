@@ -26,13 +26,14 @@ from flowexport.core.types import (
     TensorSpec,
 )
 from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
-from flowexport.lowering.passes import fold_norm_affine
+from flowexport.lowering.passes import fold_norm_affine, spell_out_norms
 from flowexport.ops.descriptor import AttentionSite, Choice
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.tflite import compat, flatbuffer, metadata
 from flowexport.targets.tflite.convert import store_weights_in_half, to_flatbuffer
 from flowexport.targets.tflite.ends import ImageEnd, image_end
 from flowexport.targets.tflite.options import PRECISIONS, TFLiteOptions
+from flowexport.targets.tflite.quantise import quantise
 from flowexport.targets.tflite.session import TFLiteSession, delegations, file_feeds
 
 _CONVERTERS = {"litert-torch": "litert_torch", "ai-edge-quantizer": "ai_edge_quantizer"}
@@ -137,6 +138,11 @@ class TFLiteTarget:
         content: Any = to_flatbuffer({main: plain, **others}, image)
         if options.precision is Precision.FP16:
             content = store_weights_in_half(content, program.model)
+        quantised = None
+        if options.precision.quantised:
+            content, quantised = quantise(
+                content, {main: plain, **others}, options, per_channel=settings.per_channel
+            )
 
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{program.model}{self.suffix}"
@@ -166,6 +172,8 @@ class TFLiteTarget:
         for name, function in functions.items():
             self._check(path, function, None, name)
         details = self._details(path, options.precision, operators, static.attentions, choices)
+        if quantised is not None:
+            details["quantisation"] = quantised.to_json()
         details |= {k: header[k] for k in ("compat", "image") if k in header}
         pixels = image is not None and image.pixels is not None
         details["warnings"] = [
@@ -341,8 +349,8 @@ def _torn(name: str, split: Mapping[str, Any], *, pixels: bool) -> list[str]:
 
 
 def _folded(program: LoweredProgram) -> LoweredProgram:
-    """Return the program with norms folded: XNNPACK computes a layer norm in ten operators."""
-    return replace(program, exported=fold_norm_affine(program.exported))
+    """Return the program with its layer norms in the fewest operators: XNNPACK has none."""
+    return replace(program, exported=spell_out_norms(fold_norm_affine(program.exported)))
 
 
 def _fusions(operators: dict[str, int], names: Sequence[str]) -> dict[str, int]:
