@@ -70,6 +70,8 @@ def inspect_file(target: Target, path: Path) -> dict[str, Any]:
         raise InputError(f"inspect {path}: does not exist; expected a {target.name} file.")
     try:
         found = target.inspect(path)
+        if (runs := getattr(target, "inspect_run", None)) is not None and target.probe().runs:
+            found = {**found, **runs(path)}
     except FlowExportError:
         raise
     except Exception as error:  # a parser of somebody else's may raise anything

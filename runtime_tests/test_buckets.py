@@ -21,6 +21,7 @@ from flowexport.lowering import LoweredProgram, lower_buckets
 from flowexport.plan import make_plan
 from flowexport.recipes import load_recipe
 from flowexport.registry import OPS, TARGETS
+from flowexport.report.lengths import lengths
 from flowexport.resolve import resolve
 
 RECIPE = """schema: flowexport.recipe/1
@@ -215,3 +216,13 @@ def test_a_target_of_one_function_is_left_out_or_refused(tmp_path: Path) -> None
     if "tensorrt" in plan.not_run and "lengths" in str(plan.not_run["tensorrt"].reason):
         with pytest.raises(InputError, match="target tensorrt cannot hold several lengths"):
             make_plan(path, targets=["tensorrt"], out=tmp_path / "out")
+
+
+def test_the_page_shows_each_length_and_what_padding_changes() -> None:
+    counts = {"samples": 245, "correct": 241, "agreement": 245}
+    bucket = {"function": "forward_16", "length": 16, **counts}
+    bucket |= {"longest_correct": 242, "longest_agreement": 244}
+    targets = [{"name": "onnx", "parity": {"buckets": [bucket]}}, {"name": "coreml", "parity": {}}]
+    entry = {"dimension": "length", "lengths": [16, 29]}
+    assert lengths(targets, {"buckets": entry}) == {**entry, "rows": [{"name": "onnx", **bucket}]}
+    assert lengths(targets, {"buckets": None}) is None

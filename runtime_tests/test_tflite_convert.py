@@ -92,7 +92,7 @@ def test_operators_that_stay_outside_xnnpack_are_named(tmp_path: Path) -> None:
     }
     (warning,) = artifact.details["warnings"]
     assert warning.startswith("serving_default runs in 2 XNNPACK partitions; outside: 1 CUMSUM (")
-    assert TARGET.inspect(artifact.path)["delegation"] == artifact.details["delegation"]
+    assert TARGET.inspect_run(artifact.path)["delegation"] == artifact.details["delegation"]
     assert artifact.form == "none"
 
 

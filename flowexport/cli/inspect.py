@@ -59,5 +59,13 @@ def _print_file(console: Any, title: str, entry: dict[str, Any]) -> None:
     line("fusions", fusions or "none")
     counts = sorted(entry["operators"].items(), key=lambda pair: (-pair[1], pair[0]))
     shown = ", ".join(f"{k} x{v}" for k, v in counts[:TOP_OPERATORS])
+    for name, split in (entry.get("delegation") or {}).items():
+        outside = ", ".join(split["outside"]) or "nothing"
+        line(
+            "delegated",
+            f"{name}: {split['partitions']} XNNPACK partition"
+            f"{'' if split['partitions'] == 1 else 's'} of {split['delegated']} operators,"
+            f" outside: {outside}",
+        )
     rest = len(counts) - TOP_OPERATORS
     line("operators", shown + (f", and {rest} more kinds" if rest > 0 else ""))

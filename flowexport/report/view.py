@@ -7,6 +7,7 @@ from typing import Any
 
 from flowexport.report import svg
 from flowexport.report.format import number, percent, size
+from flowexport.report.lengths import lengths
 from flowexport.report.ranges import range_check
 from flowexport.report.streaming import streaming
 
@@ -41,6 +42,7 @@ def page(manifest: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, 
             case["svg"] = Markup(case["svg"])
         target["axis"] = Markup(target["axis"])
     stream = streaming(targets, manifest)
+    buckets = lengths(targets, manifest)
     if stream is not None and stream["plot"]:
         stream["plot"] = Markup(stream["plot"])
     counts = {v: sum(t["verdict"] == v for t in targets) for v in VERDICT_WORDS}
@@ -56,6 +58,7 @@ def page(manifest: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, 
         "targets": targets,
         "plots": plots,
         "streaming": stream,
+        "buckets": buckets,
         "machine": _machine(document["machine"]),
         "environment": _environment(manifest),
         "files": sorted(manifest.get("files", {}).items()),
@@ -114,8 +117,15 @@ def _target(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any]) ->
         "options": dict(made.get("options") or {}),
         "conversion": dict(made.get("conversion") or {}),
         "warnings": details.pop("warnings", None) or [],
+        "delegation": _delegation(details.pop("delegation", None)),
         "details": {k: v for k, v in details.items() if not str(k).startswith("deterministic")},
     }
+
+
+def _delegation(entry: Any) -> dict[str, Any]:
+    """Return how XNNPACK takes each signature; bundles of old have it for one, without a name."""
+    found = entry if isinstance(entry, Mapping) else {}
+    return {n: s for n, s in found.items() if isinstance(s, Mapping) and "outside" in s}
 
 
 def _axis(cases: Sequence[Mapping[str, Any]], tolerance: Mapping[str, Any]) -> svg.Axis:

@@ -246,8 +246,16 @@ class TFLiteTarget:
             "labels": labels,
             "constant_bytes": flatbuffer.constant_bytes(model),
             "size_bytes": path.stat().st_size,
-            "delegation": delegations(path),
         }
+
+    def inspect_run(self, path: Path) -> dict[str, Any]:
+        """Load a finished file and say how XNNPACK takes each signature.
+
+        Returns:
+            ``{"delegation": {signature: partitions, operators outside, ...}}``.
+        """
+        self._require_runtime(path.name)
+        return {"delegation": delegations(path)}
 
     def _describe(
         self,

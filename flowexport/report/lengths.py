@@ -1,0 +1,21 @@
+"""What the page shows of a model of several lengths: predictions at each, and at the longest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def lengths(
+    targets: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the page's section, or None for a model of one length."""
+    entry = manifest.get("buckets")
+    if not entry or len(entry["lengths"]) < 2:
+        return None
+    rows = [
+        {"name": target["name"], **bucket}
+        for target in targets
+        for bucket in target["parity"].get("buckets") or ()
+    ]
+    return {**entry, "rows": rows}
