@@ -7,15 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_programs as programs
 import pytest
 
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
-from flowexport.core.types import Artifact, Options
+from flowexport.core.types import Artifact, Dataset, Options, Precision
 from flowexport.ops.flow_attention.tensorrt import build as kernel_build
 from flowexport.targets.onnx import TARGET as ONNX
-from flowexport.targets.tensorrt import convert, sdk
+from flowexport.targets.tensorrt import TARGET, convert, sdk
 from flowexport.targets.tensorrt.builder import Build, Plugin, Request, build_engine
 from flowexport.targets.tensorrt.options import TensorRTOptions
 from flowexport.targets.tensorrt.source import too_wide, with_plugin, without_plugin
@@ -221,3 +222,26 @@ def test_the_built_cpp_library_is_in_the_engine(source: Artifact, tmp_path: Path
     lean = build(source.path, tmp_path / "b", Plugin(2, library))
     assert len(lean.plugin_layers) == 2
     assert lean.engine.stat().st_size < built.engine.stat().st_size - library.stat().st_size / 2
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.INT8_WEIGHTS])
+def test_quantised_layers_around_the_plugin(
+    precision: Precision, model: Any, tmp_path: Path
+) -> None:
+    from flowexport.calibration import write_samples
+
+    samples = tmp_path / "calibration.safetensors"
+    labels = np.arange(8) % programs.CLASSES
+    write_samples(Dataset("eight", {"x": programs.sample(8)}, labels, ("a",) * 4, "us"), samples)
+    extra = {"check_rebuild": False, "compute_capabilities": ["8.9"]}
+    options = Options(precision, extra, calibration=samples)
+    engine = TARGET.convert(programs.program(model, "net"), options, tmp_path)
+    assert engine.precision is precision and engine.fusions == {"FlowAttention": 2}
+    found = {one["path"]: one["found"] for one in engine.details["quantisation"]["layers"]}
+    static = precision is Precision.INT8_STATIC
+    assert found["two.qkv"] == ("integer" if static else "weights")
+    # The activations of that layer, and of no other, are rounded in the engine.
+    names = [layer["name"] for layer in engine.details["layers"]]
+    assert sum("Roun" in name for name in names) == (1 if static else 0)

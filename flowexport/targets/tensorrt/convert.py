@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flowexport import __version__
 from flowexport.core.errors import ConversionError, FlowExportError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
-from flowexport.core.types import Artifact, Options
+from flowexport.core.types import Artifact, Options, Precision
 from flowexport.lowering import LoweredProgram
 from flowexport.ops.flow_attention.tensorrt.build import kernel_problem, source_hash
 from flowexport.ops.flow_attention.tensorrt.kernel import MAX_WIDTH
@@ -96,10 +96,7 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
     path = out / f"{program.model}.engine"
     with tempfile.TemporaryDirectory(prefix=".tensorrt-", dir=out) as folder:
         scratch = Path(folder)
-        wanted = Options(
-            program.precision, {k: v for k, v in options.extra.items() if k in ONNX_KEYS}
-        )
-        source = ONNX.convert(program, wanted, scratch)
+        source = ONNX.convert(program, _onnx_options(options), scratch)
         plugin = None
         if decision.plugin:
             onnx, count = with_plugin(source.path, scratch, where)
@@ -137,6 +134,7 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
         "plugin": _plugin_facts(decision, plugin, built, path),
         "onnx_sha256": source.sha256,
         "attentions": source.details["attentions"],
+        **{k: source.details[k] for k in ("quantisation",) if k in source.details},
         "deterministic": same,
         "deterministic_reason": reason,
     }
@@ -154,7 +152,7 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
         path=path,
         sha256=sha256_file(path),
         size_bytes=path.stat().st_size,
-        precision=program.precision,
+        precision=options.precision,
         model=program.model,
         recipe_sha256=program.recipe_sha256,
         form=form,
@@ -167,6 +165,14 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
     )
     _write_sidecar(artifact)
     return artifact
+
+
+def _onnx_options(options: Options) -> Options:
+    """Return what the ONNX file is made with; TensorRT takes symmetric integers only."""
+    extra = {k: v for k, v in options.extra.items() if k in ONNX_KEYS}
+    if options.precision is Precision.INT8_STATIC:
+        extra["symmetric"] = True
+    return replace(options, extra=extra)
 
 
 def _again(

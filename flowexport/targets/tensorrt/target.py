@@ -24,7 +24,8 @@ class TensorRTTarget:
     name = "tensorrt"
     suffix = ".engine"
     has_plugin = True
-    precisions: tuple[Precision, ...] = FLOATS
+    # int8-dynamic takes its ranges at run time, which TensorRT does not.
+    precisions: tuple[Precision, ...] = (*FLOATS, Precision.INT8_STATIC, Precision.INT8_WEIGHTS)
 
     def probe(self) -> Availability:
         """Say which library is here and whether a GPU is; never raises."""
