@@ -17,6 +17,7 @@ from flowexport.core.reports import LatencyReport, ParityReport, StepTimes, Tole
 from flowexport.core.streaming import Stream
 from flowexport.core.types import STEP, Artifact, Session
 from flowexport.progress import Progress
+from flowexport.recipes import hash_json
 from flowexport.registry import TARGETS
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def verify_all(
     from flowexport import parity
     from flowexport.parity.identity import Identity
 
+    check_manifest(root, manifest)
     golden, evaluation = references(root, manifest)
     stream = saved_stream(root, manifest)
     buckets = saved_buckets(root, manifest, evaluation)
@@ -225,6 +227,33 @@ def _bench_steps(
 def _bench_case(golden: Golden) -> str:
     """Prefer a real sample, whose padding and range are those of use."""
     return next((c for c in golden.cases if c.startswith("sample-")), next(iter(golden.cases)))
+
+
+def check_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
+    """Hold a manifest's parts against one another: an edited limit is no limit.
+
+    Raises:
+        BundleError: its recipe is not the one that its key names, or an artifact's
+            tolerance is not the recipe's.
+    """
+    where = f"bundle {root}: {MANIFEST}"
+    recipe = manifest["recipe"]
+    fix = "convert again; a bundle is not edited by hand"
+    if (key := hash_json(recipe)) != manifest["recipe_sha256"]:
+        raise BundleError(
+            f"{where} has a recipe of key {key[:12]}…; expected {manifest['recipe_sha256'][:12]}….",
+            fix=fix,
+        )
+    for name, entry in manifest["targets"].items():
+        limits = recipe["target_tolerances"].get(name)
+        limits = limits or recipe["tolerances"].get(entry["precision"], {})
+        for limit, value in limits.items():
+            if limit != "max_accuracy_drop" and entry["tolerance"].get(limit) != value:
+                raise BundleError(
+                    f"{where}: {name} has {limit} {entry['tolerance'].get(limit)!r}; expected"
+                    f" {value!r}, which its recipe has.",
+                    fix=fix,
+                )
 
 
 def check_files(bundle: Bundle) -> None:

@@ -319,7 +319,8 @@ def _write_references(plan: Plan, root: Path, progress: Progress) -> None:
         subject.module, cases, names, progress=lambda done, total: progress.step(done, total)
     )
     key = subject.recipe_sha256
-    parity.write_golden(root / "golden", cases, expected, subject=key)
+    noise = parity.measure_noise(subject.module, cases, expected, names)
+    parity.write_golden(root / "golden", cases, expected, subject=key, noise=noise)
     if subject.lengths is not None:
         progress.step(0, None, "a long stream")
         parity.write_stream(
@@ -350,8 +351,14 @@ def _write_references(plan: Plan, root: Path, progress: Progress) -> None:
     progress.step(0, None, subject.dataset.name)
     scores = parity.reference_outputs(subject.module, {"all": feeds}, names)["all"]
     output = "logits" if "logits" in names else names[0]
+    noise = parity.measure_noise(subject.module, {"all": feeds}, {"all": scores}, names)
     parity.write_evaluation(
-        root / "evaluation", subject.dataset, output, scores[output], subject=key
+        root / "evaluation",
+        subject.dataset,
+        output,
+        scores[output],
+        subject=key,
+        noise=noise["all"].get(output) if scores[output].ndim == 2 else None,
     )
 
 

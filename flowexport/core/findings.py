@@ -95,6 +95,8 @@ class CaseResult:
         top1_matches: rows whose arg max is the reference's, or ties with it in the reference.
         problem: why there is nothing to measure (shape, dtype, not finite), or None.
         peak: largest ``|r|``, so that ``max_abs`` can be read.
+        limit: ``max_rel`` that a float32 file may have here, from PyTorch's own error, or
+            None; see ``flowexport.parity.noise``.
     """
 
     case: str
@@ -109,6 +111,7 @@ class CaseResult:
     top1_matches: int = 0
     peak: float | None = None
     problem: str | None = None
+    limit: float | None = None
 
     @property
     def top1_agreement(self) -> float | None:
@@ -121,6 +124,11 @@ class CaseResult:
             return f"{where} {self.problem}"
         if self.max_rel is None or not self.max_rel <= tolerance.max_rel:
             return f"{where} has max_rel {_show(self.max_rel)}; expected <= {tolerance.max_rel:g}"
+        if self.limit is not None and self.max_rel > self.limit:
+            return (
+                f"{where} has max_rel {_show(self.max_rel)}; expected <= {self.limit:.2g}, a"
+                " multiple of PyTorch's own float32 error"
+            )
         if self.exact or not self.peak:  # cosine and SQNR say nothing here
             return None
         limits = (
@@ -144,7 +152,8 @@ class CaseResult:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CaseResult:
-        return cls(**{f.name: data[f.name] for f in fields(cls)})
+        limit = data.get("limit")
+        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name != "limit"}, limit=limit)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from flowexport.parity.batching import run_batched
 from flowexport.parity.buckets import Bucket, fit_lengths, read_buckets, real_steps, write_buckets
 from flowexport.parity.cases import make_cases
 from flowexport.parity.metrics import compare
+from flowexport.parity.noise import measure_noise
 from flowexport.parity.reference import reference_outputs
 from flowexport.parity.shorten import shorten
 from flowexport.parity.storage import (
@@ -42,6 +43,7 @@ __all__ = [
     "compare",
     "fit_lengths",
     "make_cases",
+    "measure_noise",
     "read_buckets",
     "read_evaluation",
     "read_golden",

@@ -9,7 +9,15 @@ from typing import Any
 
 from flowexport.core.types import Artifact
 
-RECORDED = ("operators", "layers", "layer_types", "profile", "compute_capabilities")
+RECORDED = (
+    "operators",
+    "scalars",
+    "layers",
+    "layer_types",
+    "profiles",
+    "compute_capabilities",
+    "weights",
+)
 """Facts of a finished file that a target writes into ``Artifact.details`` and ``inspect`` reads."""
 
 
@@ -21,6 +29,7 @@ class Identity:
         labels: class names in output order, or empty.
         preprocessing: how samples become inputs.
         details: what the target recorded of the file when it was made.
+        fusions: fused operator -> count in the file when it was made.
     """
 
     model: str
@@ -29,6 +38,7 @@ class Identity:
     labels: Sequence[str] = ()
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    fusions: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, artifact: Artifact, manifest: Mapping[str, Any]) -> Identity:
@@ -40,6 +50,7 @@ class Identity:
             labels=tuple(manifest["labels"]),
             preprocessing=manifest["preprocessing"],
             details=artifact.details,
+            fusions=artifact.fusions,
         )
 
     def mismatches(self, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -47,9 +58,10 @@ class Identity:
 
         Args:
             found: what ``Target.inspect`` read. Its key ``metadata`` holds the
-                file's description; a target without the key has none to check.
+                file's description (a target without the key has none to check),
+                ``mismatches`` what the target itself found wrong.
         """
-        problems = []
+        problems = list(found.get("mismatches", ()))
         told = found.get("metadata")
         if told is not None:
             wanted = {
@@ -67,6 +79,10 @@ class Identity:
             labels = file_labels(found)
             if labels != tuple(self.labels):
                 problems.append(f"it has {_differing(labels, tuple(self.labels))}")
+        for name, count in self.fusions.items():
+            have = found.get("fusions", {name: count}).get(name, 0)
+            if have != count:
+                problems.append(f"it holds {have} {name}; expected {count}")
         for key in RECORDED:
             if key in self.details and key in found:
                 have, value = _plain(found[key]), _plain(self.details[key])

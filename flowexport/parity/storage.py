@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ class Golden:
         expected: case name -> output name -> float64 array; the same cases.
         sha256: of the tensor file.
         subject: what the outputs belong to (a hash of model and recipe), or None.
+        noise: case name -> output name -> ``max_rel`` of PyTorch itself in float32.
     """
 
     cases: Mapping[str, Mapping[str, np.ndarray]]
     expected: Mapping[str, Mapping[str, np.ndarray]]
     sha256: str
     subject: str | None = None
+    noise: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Evaluation:
         sha256: of the tensor file.
         subject: what the scores belong to, or None.
         reference_steps: float64 (samples, steps, classes) there, None elsewhere.
+        noise: ``max_rel`` of PyTorch's own float32 scores, or None where not measured.
     """
 
     dataset: Dataset
@@ -56,6 +59,7 @@ class Evaluation:
     sha256: str
     subject: str | None = None
     reference_steps: np.ndarray | None = None
+    noise: float | None = None
 
     def answers(self, scores: np.ndarray) -> np.ndarray:
         """Return (samples, classes): scores as they are, or those after the last real step.
@@ -79,6 +83,7 @@ def write_golden(
     expected: Mapping[str, Mapping[str, np.ndarray]],
     *,
     subject: str | None = None,
+    noise: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
     """Write ``cases.safetensors`` and ``index.json`` into ``folder``; return the tensor file.
 
@@ -100,6 +105,7 @@ def write_golden(
         }
     index = {
         "cases": {c: {"inputs": list(cases[c]), "outputs": list(expected[c])} for c in cases},
+        "noise": {case: dict(found) for case, found in (noise or {}).items()},
     }
     return _write(folder, "cases.safetensors", GOLDEN_SCHEMA, tensors, index, subject)
 
@@ -141,7 +147,8 @@ def read_golden(folder: Path, *, subject: str | None = None) -> Golden:
         raise BundleError(
             f"read golden {folder}: output {wrong[0]} is not float64; expected float64.", fix=FIX
         )
-    return Golden(cases, expected, str(index["sha256"]), index.get("subject"))
+    noise = index.get("noise") or {}
+    return Golden(cases, expected, str(index["sha256"]), index.get("subject"), noise)
 
 
 def write_evaluation(
@@ -151,6 +158,7 @@ def write_evaluation(
     reference_logits: np.ndarray,
     *,
     subject: str | None = None,
+    noise: float | None = None,
 ) -> Path:
     """Write ``dataset.safetensors`` and ``index.json`` into ``folder``; return the tensor file.
 
@@ -185,6 +193,8 @@ def write_evaluation(
         "output": output,
         "labels": list(dataset.labels),
         "attribution": dataset.attribution,
+        "reference_correct": _correct(logits, dataset.targets),
+        "noise": noise,
     }
     return _write(folder, "dataset.safetensors", EVALUATION_SCHEMA, tensors, index, subject)
 
@@ -215,6 +225,13 @@ def read_evaluation(folder: Path, *, subject: str | None = None) -> Evaluation:
             f"samples; expected {samples} of each, at least one.",
             fix=FIX,
         )
+    correct = _correct(logits, dataset.targets)
+    if index.get("reference_correct", correct) != correct:
+        raise BundleError(
+            f"read evaluation {folder}: the reference is right on {correct} of {samples} samples; "
+            f"expected {index['reference_correct']}: labels or scores are not those of the index.",
+            fix=FIX,
+        )
     return Evaluation(
         dataset,
         str(output),
@@ -222,7 +239,12 @@ def read_evaluation(folder: Path, *, subject: str | None = None) -> Evaluation:
         str(index["sha256"]),
         index.get("subject"),
         tensors.get("reference_steps"),
+        index.get("noise"),
     )
+
+
+def _correct(logits: np.ndarray, targets: np.ndarray) -> int:
+    return int(np.count_nonzero(logits.argmax(axis=1) == targets))
 
 
 def _write(

@@ -23,6 +23,7 @@ from flowexport.parity.batching import run_batched
 from flowexport.parity.buckets import Bucket, bucket_result
 from flowexport.parity.identity import Identity, file_labels
 from flowexport.parity.metrics import compare
+from flowexport.parity.noise import limit
 from flowexport.parity.storage import Evaluation, Golden
 from flowexport.parity.streaming import SavedStream, check_streams, expected_streams
 
@@ -230,11 +231,15 @@ class _Run:
         self, case: str, outputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
     ) -> None:
         dtypes = {s.name: s.dtype for s in self.artifact.outputs}
+        evaluation = self.evaluation
         for name, reference in expected.items():
             if name in outputs:  # an absent one is told by the expected set
-                self.results.append(
-                    compare(case, name, outputs[name], reference, dtype=dtypes[name])
-                )
+                noise = self.golden.noise.get(case, {}).get(name)
+                if evaluation is not None and case == EVALUATION_PREFIX + evaluation.dataset.name:
+                    noise = evaluation.noise
+                result = compare(case, name, outputs[name], reference, dtype=dtypes[name])
+                most = limit(noise, self.artifact.precision)
+                self.results.append(replace(result, limit=most))
 
 
 def count_predictions(

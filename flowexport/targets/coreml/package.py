@@ -25,6 +25,7 @@ PREFIX = "flowexport."
 # coremltools.libmilstoragepython: 64-byte records {sentinel, dtype, bytes, offset}.
 _BLOB = struct.Struct("<IIQQ")
 _SENTINEL = 0xDEADBEEF
+MIL_FLOAT16 = 10  # MIL.proto: DataType.FLOAT16
 
 
 def read_spec(path: Path) -> Any:
@@ -113,6 +114,21 @@ def operator_counts(spec: Any) -> dict[str, int]:
     """Return how often each operator occurs, constants aside."""
     counts = Counter(op.type for op in operations(spec))
     counts.pop("const", None)
+    return dict(sorted(counts.items()))
+
+
+def scalars(spec: Any) -> dict[str, int]:
+    """Return how often each single float constant occurs: ε, bounds of clamps, factors."""
+    counts: Counter[str] = Counter()
+    for op in operations(spec):
+        value = op.attributes["val"] if op.type == "const" else None
+        if value is None or value.WhichOneof("value") != "immediateValue":
+            continue
+        tensor, kind = value.immediateValue.tensor, value.type.tensorType
+        if len(tensor.floats.values) == 1:
+            counts[f"{tensor.floats.values[0]:.9g}"] += 1
+        elif kind.dataType == MIL_FLOAT16 and len(tensor.bytes.values) == 2:
+            counts[f"{struct.unpack('<e', tensor.bytes.values)[0]:.9g}"] += 1
     return dict(sorted(counts.items()))
 
 

@@ -170,6 +170,7 @@ class CoreMLTarget:
         )
         package.write_spec(path, spec)
         details["operators"] = operators = package.operator_counts(spec)
+        details["scalars"] = package.scalars(spec)
         sha256, size = sha256_tree(path), size_tree(path)
         if len(static) > 1:
             details["size"] = {"shared_bytes": size, "separate_bytes": separate}
@@ -220,6 +221,7 @@ class CoreMLTarget:
             "outputs": [s.to_json() for s in outputs],
             "functions": package.functions(spec),
             "operators": operators,
+            "scalars": package.scalars(spec),
             "fusions": {op.name: operators.get(op.name, 0) for op in installed_ops()},
             "metadata": described,
             "labels": described.get("labels", []),

@@ -55,6 +55,31 @@ def operators(model: ModelProto) -> dict[str, int]:
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
+def scalars(model: ModelProto) -> dict[str, int]:
+    """Return how often each single float occurs: ε, bounds of clamps, factors.
+
+    Initializers, constants and attributes, those of functions once a function.
+    """
+    from onnx import numpy_helper
+
+    counts: Counter[str] = Counter()
+
+    def count(tensor: Any) -> None:
+        value = numpy_helper.to_array(tensor)
+        if value.size == 1 and value.dtype.kind == "f":
+            counts[f"{float(value.reshape(())):.9g}"] += 1
+
+    for tensor in model.graph.initializer:
+        count(tensor)
+    for node in (*model.graph.node, *(n for f in model.functions for n in f.node)):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                count(attribute.t)
+            elif attribute.HasField("f"):
+                counts[f"{attribute.f:.9g}"] += 1
+    return dict(sorted(counts.items()))
+
+
 def fusions(model: ModelProto) -> dict[str, int]:
     """Count attention nodes that have their function in the file, by operator."""
     defined = {(f.domain, f.name, f.overload) for f in model.functions}
@@ -94,6 +119,7 @@ def describe(path: Path) -> dict[str, Any]:
         "outputs": [s.to_json() for s in specs(model.graph.output)],
         "operators": operators(model),
         "operators_inlined": operators(inline(model)),
+        "scalars": scalars(model),
         "fusions": fusions(model),
         "metadata": {p.key: p.value for p in model.metadata_props},
         "opset": {o.domain or "ai.onnx": o.version for o in model.opset_import},

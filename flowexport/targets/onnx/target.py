@@ -70,7 +70,7 @@ class OnnxTarget:
         Raises:
             LoweringError, ConversionError: a stage refused the program.
         """
-        from flowexport.targets.onnx.read import fusions, inline
+        from flowexport.targets.onnx.read import fusions, inline, scalars
 
         settings = OnnxOptions.parse(options)
         weights = program.exported.state_dict.values()
@@ -114,6 +114,7 @@ class OnnxTarget:
                 "nodes": len(model.graph.node),
                 "nodes_inlined": len(inline(model).graph.node),
                 "functions": len(model.functions),
+                "scalars": scalars(model),
                 "attentions": [site.to_json() for site in sites],
                 "deterministic": True,
                 **({"quantisation": quantised.to_json()} if quantised else {}),

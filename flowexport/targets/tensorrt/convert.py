@@ -23,6 +23,7 @@ from flowexport.targets.tensorrt import sdk
 from flowexport.targets.tensorrt.builder import Build, Plugin, Request, build_engine
 from flowexport.targets.tensorrt.options import TensorRTOptions
 from flowexport.targets.tensorrt.source import too_wide, with_plugin, without_plugin
+from flowexport.targets.tensorrt.weights import find_weights
 
 SIDECAR = ".layers.json"
 # A rebuild is compared where it costs little; above, the manifest says that it was not.
@@ -120,6 +121,7 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
         )
         built = build_engine(library, request, _folder(scratch, "1") / path.name)
         same, reason = _again(library, request, built, settings, scratch)
+        weights = find_weights(built.engine.read_bytes(), onnx)
         built.engine.replace(path)
     details = {
         "builder": f"{library.label} {built.version}",
@@ -133,6 +135,7 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
         "layers": [layer.to_json() for layer in built.layers],
         "plugin": _plugin_facts(decision, plugin, built, path),
         "onnx_sha256": source.sha256,
+        "weights": weights,
         "attentions": source.details["attentions"],
         **{k: source.details[k] for k in ("quantisation",) if k in source.details},
         "deterministic": same,
@@ -163,7 +166,7 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
         options=dict(options.extra),
         details=details,
     )
-    _write_sidecar(artifact)
+    _write_sidecar(artifact, program)
     return artifact
 
 
@@ -222,10 +225,17 @@ def _plugin_facts(
     }
 
 
-def _write_sidecar(artifact: Artifact) -> None:
+def _write_sidecar(artifact: Artifact, program: LoweredProgram) -> None:
     sidecar = {
         "model": artifact.model,
         "precision": artifact.precision.value,
+        "metadata": {
+            "model": program.model,
+            "precision": program.precision.value,
+            "recipe_sha256": program.recipe_sha256,
+            "labels": list(program.labels),
+            "preprocessing": dict(program.preprocessing),
+        },
         "flowexport_version": __version__,
         "engine_sha256": artifact.sha256,
         "inputs": [s.to_json() for s in artifact.inputs],

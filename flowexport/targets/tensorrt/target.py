@@ -105,6 +105,7 @@ class TensorRTTarget:
             InputError: no engine, no layer table, or one of another engine.
         """
         from flowexport.targets.tensorrt.convert import sidecar_path
+        from flowexport.targets.tensorrt.weights import changed_weights
 
         where = f"read tensorrt {path.name}"
         table = sidecar_path(path)
@@ -127,7 +128,8 @@ class TensorRTTarget:
                 fix="convert again",
             )
         operators = dict(sorted(types.items(), key=lambda item: (-item[1], item[0])))
-        return {**found, "operators": operators, "size_bytes": size}
+        changed = changed_weights(path.read_bytes(), found.get("weights", []))
+        return {**found, "operators": operators, "size_bytes": size, "mismatches": changed}
 
 
 def _torch_sees_gpu() -> bool:

@@ -173,6 +173,20 @@ def operator_counts(model: Any) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+def scalars(model: Any) -> dict[str, int]:
+    """Return how often each single float constant occurs: ε, bounds of clamps, factors."""
+    kinds = {"float32": np.float32, "float16": np.float16}
+    counts: Counter[str] = Counter()
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            data, kind = model.buffers[tensor.buffer].data, kinds.get(_dtype(tensor))
+            if data is None or kind is None or len(data) != np.dtype(kind).itemsize:
+                continue
+            value = np.frombuffer(np.asarray(data, np.uint8).tobytes(), kind)[0]
+            counts[f"{value:.9g}"] += 1
+    return dict(sorted(counts.items()))
+
+
 def constant_bytes(model: Any) -> dict[str, int]:
     """Return the bytes of constants by dtype (each buffer counted once)."""
     seen: dict[int, str] = {}

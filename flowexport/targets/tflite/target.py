@@ -241,6 +241,7 @@ class TFLiteTarget:
             "outputs": [s.to_json() for s in outputs],
             "signatures": flatbuffer.signatures(model),
             "operators": operators,
+            "scalars": flatbuffer.scalars(model),
             "fusions": _fusions(operators, [op.name for op in installed_ops()]),
             "metadata": header,
             "labels": labels,
@@ -320,6 +321,7 @@ class TFLiteTarget:
             "delegation": delegations(path),
             "operators": operators,
             "constant_bytes": flatbuffer.constant_bytes(flatbuffer.read_model(path)),
+            "scalars": flatbuffer.scalars(flatbuffer.read_model(path)),
             "arithmetic": "float32 on a CPU; weights are stored as float16" if half else "float32",
             "sites": [
                 {"module": s.module_path, "form": c.form, "reason": c.reason}
