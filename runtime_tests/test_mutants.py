@@ -1,0 +1,119 @@
+"""Verification that cannot be fooled: every damaged artifact must be found, hashes unread.
+
+``python runtime_tests/test_mutants.py`` prints the score by kind and format.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import mutants_bundle
+import mutants_coreml
+import mutants_onnx
+import mutants_tensorrt
+import mutants_tflite
+import pytest
+from mutants import FORMATS, Finding, Mutant, artifact_of, examine, judge, make_bundle, score_table
+
+from flowexport.core.errors import UnavailableError
+from flowexport.core.types import Verdict
+from flowexport.registry import TARGETS
+
+pytestmark = pytest.mark.slow
+
+OWN = {
+    "onnx": mutants_onnx,
+    "tflite": mutants_tflite,
+    "coreml": mutants_coreml,
+    "tensorrt": mutants_tensorrt,
+}
+MUTANTS = [
+    *(m for module in OWN.values() for m in module.mutants_of()),
+    *mutants_bundle.mutants_of(),
+]
+AT_LEAST = 100
+
+
+def here() -> list[str]:
+    """Return the formats that can be made on this machine."""
+    return [name for name in FORMATS if TARGETS.get(name).probe().converts]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("mutants"), here())
+
+
+@pytest.fixture(scope="module")
+def findings() -> Iterator[list[Finding]]:
+    """Collect what the module's tests found, and print the score behind them."""
+    found: list[Finding] = []
+    yield found
+    print("\n" + score_table(found))
+
+
+def test_there_are_enough_mutants_and_no_two_alike() -> None:
+    assert len(MUTANTS) >= AT_LEAST
+    assert len({str(m) for m in MUTANTS}) == len(MUTANTS)
+    kinds = {m.kind for m in MUTANTS}
+    for target in FORMATS:
+        assert {m.kind for m in MUTANTS if m.format == target} <= kinds
+        assert sum(m.format == target for m in MUTANTS) >= AT_LEAST // len(FORMATS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_undamaged_artifact_passes_under_the_same_judge(bundle: Path, name: str) -> None:
+    if name not in here():
+        pytest.skip(f"{name}: {TARGETS.get(name).probe().reason}")
+    report = judge(bundle, name)
+    runs = TARGETS.get(name).probe().runs
+    assert report.verdict is (Verdict.PASS if runs else Verdict.NOT_RUN), report.reason
+    assert report.mismatches == () and report.failure is None
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_caught(
+    bundle: Path, mutant: Mutant, tmp_path: Path, findings: list[Finding]
+) -> None:
+    if mutant.format not in here():
+        pytest.skip(f"{mutant.format}: {TARGETS.get(mutant.format).probe().reason}")
+    found = examine(bundle, mutant, tmp_path)
+    findings.append(found)
+    assert found.by is not None, f"{mutant} was missed"
+    if mutant.loads:
+        _loads(tmp_path / "damaged", mutant)
+    if mutant.kind in ("weight flipped", "weight zeroed", "weights moved", "layer made int8"):
+        expected = "weights" if mutant.format == "tensorrt" else "outputs"
+        assert found.by == expected, found.said
+
+
+def _loads(bundle: Path, mutant: Mutant) -> None:
+    """Require that the damaged file is one that its reader still takes."""
+    target, artifact = TARGETS.get(mutant.format), artifact_of(bundle, mutant.format)
+    target.inspect(artifact.path)
+    try:
+        target.load(artifact).close()
+    except UnavailableError:
+        assert not target.probe().runs
+
+
+def main() -> int:
+    """Print every mutant that was missed, and the score."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        bundle = make_bundle(root, here())
+        found = []
+        for number, mutant in enumerate(m for m in MUTANTS if m.format in here()):
+            place = root / str(number)
+            place.mkdir()
+            found.append(examine(bundle, mutant, place))
+            print(f"{found[-1].by or 'MISSED':10} {mutant}: {found[-1].said}", file=sys.stderr)
+    print(score_table(found))
+    return sum(f.by is None for f in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
