@@ -3,11 +3,13 @@
 Correctness comes first: every published variant, over shapes and dtypes,
 against float64. Then the kernel is timed by CUDA events against the published
 equations run eagerly, ``torch.compile`` of them and of each export-friendly
-form, and ``scaled_dot_product_attention`` at the same shapes (softmax
-attention: what a model would use instead, not the same result).
+form, and ``scaled_dot_product_attention`` with FlashAttention at the same
+shapes (softmax attention: what a model would use instead, not the same result).
 
-``--host`` checks the host build of the same source and times nothing. Exit
-codes: 0, 4 when an error exceeds its tolerance, 5 without a GPU or a compiler.
+``--host`` checks the host build of the same source and times nothing.
+``--sanitize`` runs the checks under each tool of compute-sanitizer. Exit codes:
+0, 4 when an error exceeds its tolerance or a tool complains, 5 without a GPU,
+a compiler or compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -15,13 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flowexport.core.errors import (
     EXIT_OK,
@@ -33,19 +32,23 @@ from flowexport.core.errors import (
 )
 from flowexport.ops.flow_attention.tensorrt.build import build_cuda, build_host, source_hash
 from flowexport.ops.flow_attention.tensorrt.kernel import KernelLibrary
+from flowexport.ops.flow_attention.tensorrt.sanitize import ToolRun, sanitize
 from flowexport.ops.flow_attention.tensorrt.shapes import CHECKED, LONG, TIMED, Shape, causal_truth
-from flowexport.ops.flow_attention.variant import VARIANTS, FlowVariant
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from flowexport.ops.flow_attention.tensorrt.timing import (
+    Gain,
+    Timing,
+    copy_bandwidth,
+    cuda_clock,
+    draw,
+    fit,
+    gains,
+    gpu_state,
+    time_shape,
+)
+from flowexport.ops.flow_attention.variant import VARIANTS
 
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 8e-3}
 """Of the largest output. Sums are float32; the 16-bit ones are the output's own rounding."""
-
-EAGER_LIMIT = 1024
-"""Tokens above which the published causal form's (B, L, H, D, M) tensor is not attempted."""
-
-_QUERY = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
 @dataclass
@@ -64,21 +67,6 @@ class Check:
 
 
 @dataclass
-class Timing:
-    """One contender at one shape: median and spread in microseconds, or why there is none."""
-
-    shape: Shape
-    dtype: str
-    contender: str
-    microseconds: float | None = None
-    low: float | None = None
-    high: float | None = None
-    bytes_moved: int | None = None
-    percent_of_copy: float | None = None
-    failure: str | None = None
-
-
-@dataclass
 class Result:
     """Everything a run found, as written to ``--json``."""
 
@@ -88,28 +76,9 @@ class Result:
     checks: list[Check] = field(default_factory=list)
     copy_bytes_per_second: float | None = None
     timings: list[Timing] = field(default_factory=list)
+    gains: list[Gain] = field(default_factory=list)
+    sanitizer: list[ToolRun] = field(default_factory=list)
     clocks: list[dict[str, str]] = field(default_factory=list)
-
-
-def fit(shape: Shape, variant: FlowVariant) -> Shape:
-    """Return the shape with S = L where the variant needs that."""
-    b, sinks, sources, h, d, m = shape
-    same = variant.causal or variant.flow_axis == "heads"
-    return (b, sinks, sinks if same else sources, h, d, m)
-
-
-def draw(shape: Shape, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return normal q, k, v, the same on every machine for one shape."""
-    import torch
-
-    b, sinks, sources, h, d, m = shape
-    generator = torch.Generator().manual_seed(sum(shape))
-    kind = getattr(torch, dtype)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(kind).to(device)
-
-    return normal(b, sinks, h, d), normal(b, sources, h, d), normal(b, sources, h, m)
 
 
 def check(
@@ -129,151 +98,6 @@ def check(
                 result = library(q, k, v, variant)
                 worst = float((result.double() - truth).abs().max() / truth.abs().max())
                 yield Check(name, shape, dtype, worst, TOLERANCE[dtype])
-
-
-Clock = Callable[[Callable[[], object], int], list[float]]
-"""(call, how many times) -> seconds of each call."""
-
-
-def cuda_clock(call: Callable[[], object], repeats: int) -> list[float]:
-    """Time calls by CUDA events, writing 256 MiB before each so that L2 holds none of its input."""
-    import torch
-
-    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-    pairs = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, stop = (torch.cuda.Event(True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        stop.record()
-        pairs.append((start, stop))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
-
-
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """Return a replay of the call as a CUDA graph: no launch gaps between its kernels."""
-    import torch
-
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def copy_bandwidth(clock: Clock, device: str, elements: int = 1 << 28) -> float:
-    """Return bytes a second of a device-to-device copy, reads and writes both counted."""
-    import torch
-
-    source = torch.empty(elements, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    clock(lambda: target.copy_(source), 3)
-    return 8 * elements / statistics.median(clock(lambda: target.copy_(source), 10))
-
-
-def traffic(shape: Shape, dtype: str) -> int:
-    """Return the bytes four passes move: q and k three times each, v and the result once."""
-    b, sinks, sources, h, d, m = shape
-    size = 4 if dtype == "float32" else 2
-    return size * b * h * (3 * (sinks + sources) * d + (sources + sinks) * m)
-
-
-def contenders(
-    library: KernelLibrary, variant: FlowVariant, q: Tensor, k: Tensor, v: Tensor
-) -> dict[str, Callable[[], Callable[[], object]]]:
-    """Return what is timed, by name; each value prepares its call (compiling may fail)."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    from flowexport.ops.flow_attention.lowered import FORMS, applicable
-    from flowexport.ops.flow_attention.op import op_arguments
-
-    arguments = op_arguments(variant)
-    published = FORMS["published"]
-    short = not variant.causal or q.shape[1] <= EAGER_LIMIT
-
-    def compiled(form: Callable[..., Tensor]) -> Callable[[], Callable[[], object]]:
-        def prepare() -> Callable[[], object]:
-            torch.compiler.reset()
-            function = torch.compile(form, dynamic=False)
-            return lambda: function(q, k, v, *arguments)
-
-        return prepare
-
-    result: dict[str, Callable[[], Callable[[], object]]] = {
-        "kernel": lambda: lambda: library(q, k, v, variant)
-    }
-    if q.is_cuda:
-        result["kernel, CUDA graph"] = lambda: graphed(lambda: library(q, k, v, variant))
-    if short:
-        result["published, eager"] = lambda: lambda: published(q, k, v, *arguments)
-    for name in applicable(variant):
-        if (name != "published" or short) and not name.endswith("_projected"):
-            result[f"{name}, torch.compile"] = compiled(FORMS[name])
-    qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
-    result["softmax attention, SDPA"] = lambda: (
-        lambda: scaled_dot_product_attention(qh, kh, vh, is_causal=variant.causal)
-    )
-    return result
-
-
-def time_shape(
-    library: KernelLibrary,
-    variant: FlowVariant,
-    shape: Shape,
-    dtype: str,
-    clock: Clock,
-    copy: float,
-    repeats: int,
-) -> Iterator[Timing]:
-    """Time every contender at one shape; one that fails yields its reason and the rest go on."""
-    import torch
-
-    shape = fit(shape, variant)
-    q, k, v = draw(shape, dtype, "cpu" if library.is_host else "cuda")
-    for name, prepare in contenders(library, variant, q, k, v).items():
-        timing = Timing(shape, dtype, name)
-        try:
-            with torch.no_grad():
-                call = prepare()
-                clock(call, 3)  # warm up, and compile
-                samples = sorted(clock(call, repeats))
-        except Exception as error:  # any contender may run out of memory or fail to compile
-            timing.failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            yield timing
-            continue
-        middle = statistics.median(samples)
-        timing.microseconds = 1e6 * middle
-        timing.low, timing.high = (
-            1e6 * samples[len(samples) // 10],
-            1e6 * samples[len(samples) * 9 // 10],
-        )
-        if name.startswith("kernel"):
-            timing.bytes_moved = traffic(shape, dtype)
-            timing.percent_of_copy = 100 * timing.bytes_moved / middle / copy
-        yield timing
-
-
-def gpu_state() -> dict[str, str]:
-    """Return name, driver, clocks, temperature and power from nvidia-smi; empty without it."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(_QUERY.split(","), done.stdout.splitlines()[0].split(", "), strict=False))
 
 
 def _require_gpu() -> str:
@@ -312,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timed-dtype", default="float16", help="to time (float16)")
     parser.add_argument("--max-tokens", type=int, default=65536, help="skip longer shapes")
     parser.add_argument("--repeats", type=int, default=50, help="timed calls a contender (50)")
+    parser.add_argument("--sanitize", action="store_true", help="check under compute-sanitizer")
     parser.add_argument("--check-only", action="store_true", help="time nothing")
     parser.add_argument("--json", type=Path, help="write the result here")
     return parser
@@ -371,6 +196,13 @@ def run(arguments: argparse.Namespace) -> tuple[Result, bool]:
         raise InputError(f"benchmark kernel: {path} is a {kind} library; expected the other kind.")
     state = {"name": platform.processor() or platform.machine()} if arguments.host else gpu_state()
     result = Result(state, source_hash(), path.name)
+    if arguments.sanitize:
+        if arguments.host:
+            raise InputError("benchmark kernel: --sanitize needs the GPU; expected no --host.")
+        result.sanitizer = sanitize(path, variants, dtypes)
+        for tool in result.sanitizer:
+            print(f"compute-sanitizer {tool.tool}: {'clean' if tool.clean else tool.said}")
+        return result, all(tool.clean for tool in result.sanitizer)
     shapes = [s for s in (*CHECKED, *LONG) if s[1] <= arguments.max_tokens]
     for one in check(library, variants, shapes, dtypes):
         result.checks.append(one)
@@ -394,6 +226,9 @@ def run(arguments: argparse.Namespace) -> tuple[Result, bool]:
                 result.timings.append(timing)
                 _report_timing(timing)
     result.clocks.append(gpu_state())
+    result.gains = gains(result.timings)
+    for gain in result.gains:
+        print(f"{gain.shape!s:<32}{gain.dtype:<10}{gain.times:>7.1f} × faster than {gain.against}")
     return result, good
 
 
