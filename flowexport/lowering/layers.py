@@ -26,6 +26,7 @@ _CONVOLUTION = {
 }
 # Half precision rounds by 5e-4; scales folded into a weight by 1e-7.
 _SAME = 1e-3
+_ALIKE = 0.8
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,26 @@ class LayerIndex:
         while row < total:
             match = self._match(weight[row], total - row)
             if match is None:
-                return ()
+                return self._alike(weight)
             path, size = match
             paths.append(path)
             row += size
         return tuple(dict.fromkeys(paths))
+
+    def _alike(self, weight: np.ndarray) -> tuple[str, ...]:
+        """Return the layer of a weight whose columns were scaled, as by a norm folded into it.
+
+        Weights of different layers are all but orthogonal.
+        """
+        best: tuple[float, str] | None = None
+        for layer in self._layers:
+            if layer.weight.shape != weight.shape:
+                continue
+            length = np.linalg.norm(layer.weight) * np.linalg.norm(weight)
+            cosine = float(np.vdot(layer.weight, weight) / length) if length > 0 else 0.0
+            if cosine > _ALIKE and (best is None or cosine > best[0]):
+                best = (cosine, layer.path)
+        return () if best is None else (best[1],)
 
     def _match(self, channel: np.ndarray, room: int) -> tuple[str, int] | None:
         """Return the layer that a channel starts, or starts a part of, and the rows it takes."""

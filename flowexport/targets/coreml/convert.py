@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml.ends import LABEL, SOFTMAX, ImageEnd
 from flowexport.targets.coreml.places import STATE, half_selector, named_results, number_nodes
 
-_INPUT_DTYPES = ("float32", "float16", "int32")
+_DTYPES = ("float32", "float16", "int32", "int64")
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,13 @@ class Written:
 def _register_operators() -> None:
     """Give coremltools the operators that it lacks or rounds.
 
-    ``alias`` is missing (a tied weight or a view of a whole tensor makes one).
+    ``alias`` is missing (a tied weight or a view of a whole tensor makes one), and so is
+    ``new_ones``, which the forms of a dynamic length have.
     ``reciprocal`` becomes ``inverse`` with ε = 1e-4, that is 1/(x + 1e-4).
+    ``gelu`` overlooks ``approximate="tanh"``, which torch.export gives by its name.
     """
     from coremltools.converters.mil import Builder, register_torch_op
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs, _get_kwinputs
 
     def alias(context: Any, node: Any) -> None:
         context.add(context[node.inputs[0]], torch_name=node.name)
@@ -53,7 +56,19 @@ def _register_operators() -> None:
         x = context[node.inputs[0]]
         context.add(Builder.real_div(x=np.float32(1), y=x, name=node.name))
 
-    for translate in (alias, reciprocal):
+    def new_ones(context: Any, node: Any) -> None:
+        shape = _get_inputs(context, node)[1]
+        if isinstance(shape, list):  # a dynamic size is a list of scalars
+            shape = Builder.concat(values=shape, axis=0)
+        context.add(Builder.fill(shape=shape, value=np.float32(1), name=node.name))
+
+    def gelu(context: Any, node: Any) -> None:
+        x, *rest = _get_inputs(context, node)
+        told = [getattr(v, "val", v) for v in _get_kwinputs(context, node, "approximate", rest)]
+        mode = "TANH_APPROXIMATION" if told == ["tanh"] else "EXACT"
+        context.add(Builder.gelu(x=x, mode=mode, name=node.name))
+
+    for translate in (alias, reciprocal, new_ones, gelu):
         register_torch_op(override=True)(translate)
 
 
@@ -76,14 +91,33 @@ def _forget_output_types() -> str:
     return "flowexport::forget_output_types"
 
 
-def require_dtypes(program: LoweredProgram) -> None:
-    """Raise InputError for an input of a dtype that Core ML does not take."""
-    for spec in program.inputs:
-        if spec.dtype not in _INPUT_DTYPES:
+def require_dtypes(inputs: Sequence[TensorSpec], where: str) -> None:
+    """Raise InputError for an input of a dtype that no package takes."""
+    for spec in inputs:
+        if spec.dtype not in _DTYPES:
             raise InputError(
-                f"convert coreml {program.model}: {spec.name} has dtype {spec.dtype};"
-                f" expected one of: {', '.join(_INPUT_DTYPES)}."
+                f"{where}: {spec.name} has dtype {spec.dtype};"
+                f" expected one of: {', '.join(_DTYPES)}."
             )
+
+
+def stored(spec: TensorSpec) -> TensorSpec:
+    """Return an input or output as a package has it: Core ML knows no int64, so it is int32.
+
+    The session converts at the border (:class:`~flowexport.targets.coreml.ends.AppEnds`).
+    """
+    return replace(spec, dtype="int32") if spec.dtype == "int64" else spec
+
+
+def check_flexible(inputs: Sequence[TensorSpec], sizes: Mapping[str, Any], where: str) -> None:
+    """Raise InputError unless the inputs' named dimensions are those that ``flexible`` names."""
+    named = {d for s in inputs for d in s.shape if isinstance(d, str)} - {"batch"}
+    if named != set(sizes):
+        raise InputError(
+            f"{where}: flexible has {', '.join(sizes)}, and the inputs have the named dimensions"
+            f" {', '.join(sorted(named)) or 'none'}; expected the same.",
+            fix="--input x:batchxlengthx12 names a dimension",
+        )
 
 
 @contextlib.contextmanager
@@ -131,6 +165,7 @@ def to_package(
     classes: tuple[str, ...] = (),
     keep_fp32: tuple[str, ...] = (),
     sizes: Mapping[str, Any] | None = None,
+    compress: Callable[[Any], Any] | None = None,
 ) -> Written:
     """Convert a program without attention nodes and save it.
 
@@ -142,6 +177,7 @@ def to_package(
         image: the input that is an image, or None.
         classes: labels of a classifier, whose probabilities are the output ``probabilities``.
         keep_fp32: in FP16, what stays in float32; see :mod:`~flowexport.targets.coreml.places`.
+        compress: takes the converted model, returns the one to save.
         sizes: of a dynamic dimension: ``{length: {"range": [8, 64]}}`` or ``{"sizes": [...]}``.
 
     Raises:
@@ -177,10 +213,11 @@ def to_package(
                 else ct.TensorType(
                     name=s.name, shape=_shape(s, sizes or {}), dtype=np.dtype(s.dtype).type
                 )
-                for s in program.inputs
+                for s in map(stored, program.inputs)
             ],
             outputs=[
-                ct.TensorType(name=s.name, dtype=np.dtype(s.dtype).type) for s in program.outputs
+                ct.TensorType(name=s.name, dtype=np.dtype(stored(s).dtype).type)
+                for s in program.outputs
             ],
             convert_to="mlprogram",
             compute_precision=compute,
@@ -188,6 +225,8 @@ def to_package(
             skip_model_load=True,
             **more,
         )
+        if compress is not None:
+            model = compress(model)
         model.save(str(path))
     return Written(*named_results(model._mil_program, places, keep_fp32))
 

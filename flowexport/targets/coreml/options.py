@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from flowexport.core.errors import InputError, UnknownNameError
-from flowexport.core.types import Options, Precision
+from flowexport.core.types import Options, Precision, TensorSpec
 
-PRECISIONS = (Precision.FP32, Precision.FP16)
+PRECISIONS = (
+    Precision.FP32,
+    Precision.FP16,
+    Precision.INT8_WEIGHTS,
+    Precision.PALETTE8,
+    Precision.PALETTE6,
+    Precision.PALETTE4,
+)
+PALETTES = PRECISIONS[-3:]
 DEPLOYMENT_TARGETS = ("iOS16", "iOS17", "iOS18")
 COMPUTE_UNITS = {
     "all": "ALL",
@@ -18,8 +26,11 @@ COMPUTE_UNITS = {
     "cpu_and_ne": "CPU_AND_NE",
 }
 LAYOUTS = ("tokens", "ane")
+STATES = ("half", "split")
 FUNCTIONS, STATE = "several functions in a package", "a state inside the package"
-FIRST_SYSTEM = {FUNCTIONS: "iOS18", STATE: "iOS18"}
+ENUMERATED = "several inputs of enumerated shapes"
+GROUPS = "a palette for a group of channels"
+FIRST_SYSTEM = {FUNCTIONS: "iOS18", STATE: "iOS18", ENUMERATED: "iOS18", GROUPS: "iOS18"}
 """What a package may hold -> the first deployment target that has it; iOS16 has all else."""
 
 
@@ -56,8 +67,10 @@ class CoreMLOptions:
         flexible: dimension -> inclusive range, or the sizes allowed.
         keep_fp32: in fp16, what stays in float32: operator types (``softmax``),
             globs of module paths (``blocks.0.*``), ``attention``.
-        stateful: whether a causal model has ``step_stateful`` too, whose state is inside.
+        stateful: ``half`` or ``split``: a causal model has ``step_stateful`` too, whose state
+            is inside, see :mod:`~flowexport.targets.coreml.stateful`; None: it has not.
         layout: ``tokens``, or ``ane``: (batch, channels, 1, tokens) with 1x1 convolutions.
+        palette_group: output channels that share a palette; None: all of a layer.
         metadata: see :class:`Metadata`.
     """
 
@@ -68,8 +81,9 @@ class CoreMLOptions:
     image: bool = False
     flexible: Mapping[str, Any] = field(default_factory=dict)
     keep_fp32: tuple[str, ...] = ()
-    stateful: bool = False
+    stateful: str | None = None
     layout: str = "tokens"
+    palette_group: int | None = None
     metadata: Metadata = field(default_factory=Metadata)
 
     @classmethod
@@ -98,6 +112,7 @@ class CoreMLOptions:
             ("deployment target", settings.deployment_target, DEPLOYMENT_TARGETS),
             ("compute unit", settings.compute_units, tuple(COMPUTE_UNITS)),
             ("layout", settings.layout, LAYOUTS),
+            ("kind of state", settings.stateful, STATES),
         ):
             if name is not None and name not in valid:
                 raise UnknownNameError(kind, name, valid, where=where)
@@ -109,12 +124,35 @@ class CoreMLOptions:
             )
         if settings.stateful:
             settings.system(where, STATE)
+        if settings.palette_group and options.precision not in PALETTES:
+            raise InputError(
+                f"{where}: palette_group is {settings.palette_group}, but the precision is"
+                f" {options.precision.value}; expected one of: {', '.join(PALETTES)}."
+            )
+        if settings.palette_group:
+            settings.system(where, GROUPS)
         if settings.flexible and settings.image:
             raise InputError(
                 f"{where}: image and flexible are both asked for; expected one of them: these"
                 " models' images have one size."
             )
         return settings
+
+    @property
+    def largest(self) -> dict[str, int]:
+        """The largest size of each flexible dimension."""
+        return {name: max(n for v in limits.values() for n in v)
+                for name, limits in self.flexible.items()}  # fmt: skip
+
+    def held(self, inputs: Sequence[TensorSpec], several: bool) -> tuple[str, ...]:
+        """Return what a package of these inputs holds: keys of :data:`FIRST_SYSTEM`."""
+        enumerated = any("sizes" in limits for limits in self.flexible.values())
+        return (
+            *([FUNCTIONS] if several else []),
+            *([STATE] if self.stateful else []),
+            *([GROUPS] if self.palette_group else []),
+            *([ENUMERATED] if enumerated and len(inputs) > 1 else []),
+        )
 
     def system(self, where: str, *held: str) -> str:
         """Return the deployment target of a package that holds these things.
@@ -196,6 +234,12 @@ def _metadata(value: Any, where: str) -> Metadata:
     return Metadata(**value)
 
 
+def _count(value: Any, where: str) -> int:
+    if type(value) is not int or value < 1:
+        raise InputError(f"{where} is {value!r}; expected a whole number above 0.")
+    return value
+
+
 _READERS: Mapping[str, Callable[[Any, str], Any]] = {
     "form": _optional_name,
     "deployment_target": _name,
@@ -204,7 +248,8 @@ _READERS: Mapping[str, Callable[[Any, str], Any]] = {
     "image": _switch,
     "flexible": _sizes,
     "keep_fp32": _names,
-    "stateful": _switch,
+    "stateful": _name,
     "layout": _name,
+    "palette_group": _count,
     "metadata": _metadata,
 }

@@ -44,6 +44,8 @@ class CoreMLSession(Session):
                 f"load coreml {artifact.model}: Core ML refuses the package: {line}"
             ) from error
         self._ends = AppEnds(artifact, native=True)
+        inside = artifact.details.get("stateful", {}).get("function") == artifact.entry
+        self._state: Any = self._model.make_state() if inside else None
         self._info = RuntimeInfo(
             name="Core ML",
             version=f"macOS {platform.mac_ver()[0]}",
@@ -56,7 +58,15 @@ class CoreMLSession(Session):
         return self._info
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return self._ends.results(self._model.predict(self._ends.feeds(feeds)))
+        given = self._ends.feeds(feeds)
+        if self._state is None:
+            return self._ends.results(self._model.predict(given))
+        return self._ends.results(self._model.predict(given, state=self._state))
+
+    def reset_states(self) -> None:
+        """Start a new stream where the package keeps the state."""
+        if self._state is not None:
+            self._state = self._model.make_state()
 
     def close(self) -> None:
         self._model = None
@@ -77,6 +87,7 @@ def open_session(artifact: Artifact, threads: int) -> Session:
         return CoreMLSession(artifact, threads)
     from flowexport.targets.coreml.interpreter import InterpreterSession, Mode
 
-    half = artifact.precision is Precision.FP16
+    # Compressed weights are widened to half.
+    half = artifact.precision is not Precision.FP32
     function = artifact.entry if artifact.functions else None
     return InterpreterSession(artifact, Mode.FP16 if half else Mode.EXACT, function)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flowexport.core.errors import ConversionError, UnavailableError
+from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_tree, size_tree
 from flowexport.core.pixels import Pixels
 from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
+    STEP,
     Artifact,
     Availability,
     Function,
@@ -23,17 +24,33 @@ from flowexport.core.types import (
     Precision,
     Session,
     TensorSpec,
+    float_precision,
 )
 from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
+from flowexport.lowering.quantisation import Quantisation
 from flowexport.ops.descriptor import Choice
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
-from flowexport.targets.coreml.convert import Written, join_packages, require_dtypes, to_package
+from flowexport.targets.coreml.compress import compress
+from flowexport.targets.coreml.convert import (
+    Written,
+    check_flexible,
+    join_packages,
+    require_dtypes,
+    stored,
+    to_package,
+)
 from flowexport.targets.coreml.describe import describe
 from flowexport.targets.coreml.ends import ImageEnd, app_ends, check_classifier, image_input
-from flowexport.targets.coreml.options import FUNCTIONS, PRECISIONS, CoreMLOptions
+from flowexport.targets.coreml.options import PRECISIONS, CoreMLOptions
 from flowexport.targets.coreml.places import require_kept
 from flowexport.targets.coreml.session import INTERPRETED, on_macos, open_session
+from flowexport.targets.coreml.stateful import (
+    FUNCTION,
+    measure_drift,
+    require_step,
+    stateful_step,
+)
 
 MAC_SCRIPT = "verify_on_mac.py"
 """Lies beside the package: runs it on a Mac, without flowexport."""
@@ -46,7 +63,8 @@ class CoreMLTarget:
     name = "coreml"
     streams = True
     suffix = ".mlpackage"
-    precisions = PRECISIONS
+    precisions: tuple[Precision, ...] = PRECISIONS
+    float_parts = Precision.FP16
 
     def probe(self) -> Availability:
         """Say whether coremltools is installed, and what runs its packages here."""
@@ -79,7 +97,14 @@ class CoreMLTarget:
         """
         settings = CoreMLOptions.parse(options)
         where = f"convert coreml {spec.name}"
-        settings.system(where, *([FUNCTIONS] if several else []))
+        settings.system(where, *settings.held(spec.inputs, several))
+        if settings.flexible:
+            check_flexible(spec.inputs, settings.flexible, where)
+        require_dtypes(spec.inputs, where)
+        if settings.stateful and not several:
+            raise InputError(
+                f"{where}: stateful is asked for, but the model has no step; expected a causal one."
+            )
         if settings.classifier:
             check_classifier(spec.labels, where)
         return image_input(spec.inputs, spec.preprocessing, where) if settings.image else {}
@@ -96,15 +121,21 @@ class CoreMLTarget:
                 left an ``inverse`` that adds an ε to its argument.
         """
         settings = CoreMLOptions.parse(options)
-        require_static(
-            program,
-            self.name,
-            "give the length in the shape; several lengths need one bucket (function) each",
-        )
-        require_dtypes(program)
         where = f"convert coreml {program.model}"
-        system = settings.system(where, *([FUNCTIONS] if program.functions else []))
+        if settings.flexible:
+            check_flexible(program.inputs, settings.flexible, where)
+        else:
+            require_static(
+                program,
+                self.name,
+                "give the length in the shape, one bucket (function) a length, or a range:"
+                " `flexible: {NAME: {range: [8, 64]}}`",
+            )
+        require_dtypes(program.inputs, where)
+        system = settings.system(where, *settings.held(program.inputs, bool(program.functions)))
         self._require_converter(program.model)
+        if settings.stateful:
+            require_step(program)
         ops = installed_ops()
         static = {
             name: specialise(part, ops)
@@ -119,7 +150,12 @@ class CoreMLTarget:
         with TemporaryDirectory(dir=out) as folder:
             for name, part in static.items():
                 place = Path(folder) / f"{name}{self.suffix}" if len(static) > 1 else path
-                made[name] = _Part.make(part, options.precision, settings, system, place)
+                made[name] = _Part.make(part, options, settings, system, place)
+            if settings.stateful:
+                static[FUNCTION] = stateful_step(made[STEP].program, settings.stateful)
+                place = Path(folder) / f"{FUNCTION}{self.suffix}"
+                # Not decomposed again: the passes there take a buffer for a constant.
+                made[FUNCTION] = _Part.save(static[FUNCTION], (), options, settings, system, place)
             if len(static) > 1:
                 parts = {name: part.path for name, part in made.items()}
                 separate = {name: size_tree(p) for name, p in parts.items()}
@@ -132,19 +168,21 @@ class CoreMLTarget:
         details: dict[str, Any] = {
             "batch": 1,
             "deployment_target": system,
-            "arithmetic": "float16" if options.precision is Precision.FP16 else "float32",
+            "arithmetic": "float16" if _computed(options) is Precision.FP16 else "float32",
             "sites": [
                 {"module": s.module_path, "form": c.form, "reason": c.reason}
                 for s, c in zip(main.attentions, choices, strict=True)
             ],
         }
+        if first.quantised is not None:
+            details["quantisation"] = first.quantised.to_json()
         if first.image is not None:
             details["image"] = first.image.to_json()
         if first.classes:
             details["classes"] = list(first.classes)
         for name, part in static.items():
             function = name if len(static) > 1 else ""
-            self._check(spec, part, function, first.image)
+            self._check(spec, part, function, first.image, settings)
             if made[name].written.kept:
                 kept = require_kept(
                     spec, made[name].written.kept, function or "main", program.model
@@ -172,6 +210,10 @@ class CoreMLTarget:
         details["operators"] = operators = package.operator_counts(spec)
         details["scalars"] = package.scalars(spec)
         sha256, size = sha256_tree(path), size_tree(path)
+        if settings.stateful:
+            mode = "fp16" if _computed(options) is Precision.FP16 else "exact"
+            found = measure_drift(path, made[STEP].program, settings.stateful, mode, tell=_tell)
+            details["stateful"] = found.to_json()
         if len(static) > 1:
             details["size"] = {"shared_bytes": size, "separate_bytes": separate}
         return Artifact(
@@ -229,7 +271,12 @@ class CoreMLTarget:
         }
 
     def _check(
-        self, spec: Any, program: LoweredProgram, function: str, image: ImageEnd | None
+        self,
+        spec: Any,
+        program: LoweredProgram,
+        function: str,
+        image: ImageEnd | None,
+        settings: CoreMLOptions,
     ) -> None:
         """Raise ConversionError unless the package has the program's ends and exact divisions."""
         tensors = [s for s in program.inputs if image is None or s.name != image.name]
@@ -239,6 +286,7 @@ class CoreMLTarget:
             (tensors, list(program.outputs)),
             strict=True,
         ):
+            wanted = [_described(stored(s), settings.largest, kind) for s in wanted]
             if found != wanted:
                 raise ConversionError(
                     f"convert coreml {program.model}: the {kind} are {_listed(found)};"
@@ -262,33 +310,76 @@ class _Part:
     """One function of a package, saved on its own."""
 
     path: Path
+    program: LoweredProgram
     choices: tuple[Choice, ...]
     image: ImageEnd | None
     classes: tuple[str, ...]
     written: Written
+    quantised: Quantisation | None
 
     @classmethod
     def make(
         cls,
         program: LoweredProgram,
-        precision: Precision,
+        options: Options,
         settings: CoreMLOptions,
         system: str,
         path: Path,
     ) -> _Part:
+        """Decompose, convert and save a static program."""
         ops = installed_ops()
         plain, choices = decompose(program, "coreml", ops, pinned=settings.form)
+        return cls.save(plain, choices, options, settings, system, path)
+
+    @classmethod
+    def save(
+        cls,
+        plain: LoweredProgram,
+        choices: tuple[Choice, ...],
+        options: Options,
+        settings: CoreMLOptions,
+        system: str,
+        path: Path,
+    ) -> _Part:
+        """Convert and save a program without attention nodes."""
         plain, image, classes = app_ends(plain, settings)
+        kept: list[Quantisation] = []
+
+        def compressed(model: Any) -> Any:
+            result, quantised = compress(model, plain, options, settings.palette_group)
+            kept.append(quantised)
+            return result
+
         written = to_package(
             plain,
-            precision,
+            _computed(options),
             system,
             path,
             image=image,
             classes=classes,
             keep_fp32=settings.keep_fp32,
+            sizes=settings.flexible,
+            compress=compressed if options.precision.quantised else None,
         )
-        return cls(path, choices, image, classes, written)
+        return cls(path, plain, choices, image, classes, written, next(iter(kept), None))
+
+
+def _computed(options: Options) -> Precision:
+    """Return what a package computes in, whatever its weights are stored in."""
+    return float_precision(TARGET, options.precision)
+
+
+def _described(spec: TensorSpec, largest: Mapping[str, int], kind: str) -> TensorSpec:
+    """Return a spec as a package's description has it: inputs of the largest size, and no
+    shape for an output whose size is known at run time."""
+    if not spec.dynamic:
+        return spec
+    sizes = tuple(largest.get(d, d) if isinstance(d, str) else d for d in spec.shape)
+    return replace(spec, shape=sizes if kind == "inputs" else ())
+
+
+def _tell(done: int, total: int) -> None:
+    print(f"step {done} of {total} with the state inside", flush=True)
 
 
 def _by_module(functions: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:

@@ -9,7 +9,13 @@ from flowexport.core.errors import InputError, UnknownNameError
 from flowexport.core.types import Options, Precision
 from flowexport.targets.tflite.compat import RUNTIMES
 
-PRECISIONS = (Precision.FP32, Precision.FP16)
+PRECISIONS = (
+    Precision.FP32,
+    Precision.FP16,
+    Precision.INT8_DYNAMIC,
+    Precision.INT8_STATIC,
+    Precision.INT8_WEIGHTS,
+)
 LAYOUTS = ("nchw", "nhwc")
 INPUT_DTYPES = ("float32", "uint8")
 

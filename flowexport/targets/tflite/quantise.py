@@ -1,0 +1,244 @@
+"""Quantised TFLite files, by ai-edge-quantizer.
+
+Its rules match the names of output tensors, and a rule that matches nothing is
+silent. Here each weighted operator is first named after its module, and the
+finished file is read back to prove that every rule took effect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flowexport.calibration import read_samples
+from flowexport.core.errors import ConversionError
+from flowexport.core.types import Options, Precision
+from flowexport.lowering import LoweredProgram
+from flowexport.lowering.layers import LayerIndex, weighted_layers
+from flowexport.lowering.quantisation import (
+    Quantisation,
+    Treatment,
+    decide,
+    prove,
+    treatment_of,
+)
+
+WEIGHTED = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")
+_BETWEEN = ("QUANTIZE", "DEQUANTIZE")
+
+
+def quantise(
+    content: bytes,
+    programs: Mapping[str, LoweredProgram],
+    options: Options,
+    *,
+    per_channel: bool = True,
+) -> tuple[Any, Quantisation]:
+    """Quantise a float32 model.
+
+    ``int8-dynamic``: int8 weights, the runtime rounds activations; ``int8-static``:
+    int8 on both sides of a product, float32 between products; ``int8-weights``:
+    int8 weights behind DEQUANTIZE.
+
+    Args:
+        content: the flatbuffer.
+        programs: what it was converted from, by signature, the main one first;
+            float32, attention decomposed.
+        options: precision, ``keep_float``, and the calibration samples' file.
+        per_channel: one scale an output channel; False for runtimes that get it wrong.
+
+    Returns:
+        The flatbuffer's bytes, and what was done.
+
+    Raises:
+        ConversionError: the quantizer refused the model, or a rule does not hold in the result.
+    """
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    main = next(iter(programs))
+    program = programs[main]
+    where = f"convert tflite {program.model}"
+    layers = weighted_layers(program)
+    decisions = decide(layers, options.precision, options.keep_float, where=where)
+    model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+    names = _name_operators(model, LayerIndex(layers), where)
+    wanted = {name: treatment_of(paths, decisions) for name, paths in names.items()}
+    calibration = None
+    with _on_stderr():
+        from ai_edge_quantizer import qtyping, quantizer
+
+        try:
+            named = bytes(flatbuffer_utils.convert_object_to_bytearray(model))
+            work = quantizer.Quantizer(named)
+            granularity = qtyping.QuantGranularity["CHANNELWISE" if per_channel else "TENSORWISE"]
+            for name, treatment in wanted.items():
+                for kind in WEIGHTED:
+                    _add_rule(work, name, kind, treatment, options.precision, granularity)
+            ranges = None
+            if work.need_calibration:
+                ranges, calibration = _calibrate(work, main, options, program)
+            result = work.quantize(ranges).quantized_model
+        except ConversionError:
+            raise
+        except Exception as error:  # the quantizer raises anything from KeyError up
+            raise ConversionError(
+                f"{where}: ai-edge-quantizer cannot make {options.precision.value}:"
+                f" {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+                fix="--precision fp16",
+            ) from error
+    found = _found(
+        flatbuffer_utils.convert_bytearray_to_object(bytearray(result)), model, names, where
+    )
+    prove(decisions, found, names, where)
+    return result, Quantisation(decisions, found, calibration)
+
+
+def _add_rule(
+    work: Any,
+    name: str,
+    kind: str,
+    treatment: Treatment,
+    precision: Precision,
+    granularity: Any,
+) -> None:
+    from ai_edge_quantizer.qtyping import TFLOperationName
+
+    scope, operation = f"^{re.escape(name)};*$", TFLOperationName(kind)
+    if treatment is Treatment.FLOAT:
+        return
+    if treatment is Treatment.WEIGHTS:
+        work.add_weight_only_config(scope, operation, num_bits=8, granularity=granularity)
+    elif precision is Precision.INT8_DYNAMIC:
+        work.add_dynamic_config(scope, operation, num_bits=8, granularity=granularity)
+    else:
+        work.add_static_config(
+            scope,
+            operation,
+            activation_num_bits=8,
+            weight_num_bits=8,
+            weight_granularity=granularity,
+        )
+
+
+def _calibrate(
+    work: Any, signature: str, options: Options, program: LoweredProgram
+) -> tuple[Any, dict[str, Any]]:
+    if options.calibration is None:
+        raise ConversionError(
+            f"convert tflite {program.model}: {options.precision.value} has no calibration"
+            " samples; expected their file."
+        )
+    name, samples = read_samples(options.calibration)
+    count = len(next(iter(samples.values())))
+    feeds = [{key: values[i : i + 1] for key, values in samples.items()} for i in range(count)]
+    ranges = work.calibrate({signature: feeds}, num_threads=1)
+    return ranges, {"dataset": name, "samples": count}
+
+
+def _operators(model: Any) -> Iterator[tuple[Any, Any, str]]:
+    """Yield (subgraph, operator, its name) for every operator."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+    for graph in model.subgraphs:
+        for op in graph.operators:
+            code = model.operatorCodes[op.opcodeIndex]
+            builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
+            yield graph, op, names.get(builtin, str(builtin))
+
+
+def _name_operators(model: Any, index: LayerIndex, where: str) -> dict[str, tuple[str, ...]]:
+    """Name the output of each weighted operator after its module; return the paths by name."""
+    named: dict[str, tuple[str, ...]] = {}
+    for graph in model.subgraphs:
+        for i, tensor in enumerate(graph.tensors):
+            tensor.name = f"t{i}".encode()  # the converter's names weigh as much as small layers
+    for graph, op, kind in _operators(model):
+        if kind not in WEIGHTED:
+            continue
+        tensor = graph.tensors[op.inputs[1]]
+        data = model.buffers[tensor.buffer].data
+        if data is None or not len(data):
+            continue  # a product of two activations: the attention core's
+        shape = [int(d) for d in tensor.shape]
+        weight = np.asarray(data).view(np.uint8).view(np.float32).reshape(shape)
+        # A convolution of one channel becomes a depthwise one, its output channels last.
+        weight = np.moveaxis(weight, -1, 0) if kind.startswith("DEPTHWISE") else weight
+        weight = weight.reshape(len(weight), -1)
+        paths = index.find(weight)
+        if not paths:
+            raise ConversionError(
+                f"{where}: a {kind} has a weight {shape} of no known layer; expected one of the"
+                " program's.",
+                fix="--precision fp32 or fp16",
+            )
+        stem = name = "+".join(paths)
+        count = 1
+        while name in named:
+            count += 1
+            name = f"{stem}.{count}"
+        graph.tensors[op.outputs[0]].name = name.encode()
+        named[name] = paths
+    return named
+
+
+def _found(
+    model: Any, before: Any, names: Mapping[str, Sequence[str]], where: str
+) -> dict[str, str]:
+    """Return what the finished file does at each layer; refuse integers anywhere else.
+
+    The quantizer keeps the order of operators, so the weighted ones are matched by it.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    order = [
+        graph.tensors[op.outputs[0]].name.decode()
+        for graph, op, kind in _operators(before)
+        if kind in WEIGHTED and graph.tensors[op.outputs[0]].name.decode() in names
+    ]
+    made: dict[tuple[int, int], str] = {}
+    for graph, op, kind in _operators(model):
+        made |= {(id(graph), int(o)): kind for o in op.outputs}
+    found: dict[str, str] = {}
+    position = 0
+    for graph, op, kind in _operators(model):
+        types = [graph.tensors[i].type if i >= 0 else None for i in op.inputs]
+        eight = [t == schema.TensorType.INT8 for t in types]
+        source = made.get((id(graph), int(op.inputs[1]))) if kind in WEIGHTED else None
+        weighted = kind in WEIGHTED and source in (None, "DEQUANTIZE")
+        if not weighted:
+            if any(eight) and kind not in _BETWEEN:
+                raise ConversionError(
+                    f"{where}: {kind} {graph.tensors[op.outputs[0]].name.decode()!r} takes"
+                    " integers in the finished file; expected floating point outside the layers."
+                )
+            continue
+        if eight[1]:
+            state = Treatment.INTEGER.value
+        elif source == "DEQUANTIZE":
+            state = Treatment.WEIGHTS.value
+        else:
+            state = Treatment.FLOAT.value
+        if position >= len(order):
+            position += 1
+            break
+        for path in names[order[position]]:
+            found[path] = state if found.get(path, state) == state else "mixed"
+        position += 1
+    if position != len(order):
+        raise ConversionError(
+            f"{where}: the finished file has another number of weighted operators than"
+            f" {len(order)}, as before."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _on_stderr() -> Iterator[None]:
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
