@@ -191,5 +191,6 @@ def test_sanitize_without_the_tool_or_with_host(library, tmp_path, monkeypatch, 
     assert benchmark.main(["--host", "--sanitize"]) == 2
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(sanitize, "packaged_toolkits", list)
     with pytest.raises(UnavailableError, match="CUDA_HOME"):
         sanitize.find_sanitizer()

@@ -152,7 +152,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CUDACXX", "CUDA_HOME", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(kernel_build, "_packaged_toolkits", list)
+    monkeypatch.setattr(kernel_build, "packaged_toolkits", list)
 
 
 def test_without_a_gpu_the_plugin_needs_no_compiler(no_compiler: None) -> None:

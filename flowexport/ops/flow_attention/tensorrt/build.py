@@ -64,7 +64,7 @@ def nvcc() -> str:
             ``$CUDA_HOME/bin`` or from the package nvidia-cuda-nvcc.
     """
     home = os.environ.get("CUDA_HOME")
-    packaged = [str(p / "bin" / "nvcc") for p in _packaged_toolkits()]
+    packaged = [str(p / "bin" / "nvcc") for p in packaged_toolkits()]
     return _tool(
         (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc" if home else None, *packaged),
         "nvcc",
@@ -73,7 +73,7 @@ def nvcc() -> str:
     )
 
 
-def _packaged_toolkits() -> list[Path]:
+def packaged_toolkits() -> list[Path]:
     """Return the CUDA toolkits that pip installed: ``site-packages/nvidia/cu13``."""
     spec = find_spec("nvidia")
     places = list(spec.submodule_search_locations or ()) if spec else []

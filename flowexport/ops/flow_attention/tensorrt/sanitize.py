@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowexport.core.errors import UnavailableError
+from flowexport.ops.flow_attention.tensorrt.build import packaged_toolkits
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 86
@@ -32,15 +33,15 @@ def find_sanitizer() -> str:
     """Return the path of compute-sanitizer.
 
     Raises:
-        UnavailableError: it is not on PATH nor in ``$CUDA_HOME/bin``.
+        UnavailableError: it is not on PATH, in ``$CUDA_HOME/bin`` or from PyPI.
     """
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    for name in ("compute-sanitizer", f"{home}/bin/compute-sanitizer"):
+    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), *packaged_toolkits()]
+    for name in ("compute-sanitizer", *(str(h / "bin" / "compute-sanitizer") for h in homes)):
         if found := shutil.which(name):
             return found
     raise UnavailableError(
         "benchmark kernel: no compute-sanitizer on PATH; expected that of the CUDA toolkit.",
-        fix="install cuda-sanitizer of the CUDA toolkit and set CUDA_HOME",
+        fix="pip install nvidia-cuda-sanitizer-api, or set CUDA_HOME to a toolkit that has it",
     )
 
 
