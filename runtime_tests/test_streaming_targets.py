@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from flowexport_models import build_model
+from flowexport_models.attention import FlowAttention
 from flowexport_models.flowformer_gpt import FlowformerGPT, FlowformerGPTConfig
 from flowexport_models.streaming import CausalModel
 from safetensors.torch import load_file
 
 from flowexport.core.errors import InputError
 from flowexport.core.streaming import Stream, StreamState
-from flowexport.core.types import STEP, Artifact, Options, TensorSpec
-from flowexport.lowering import LoweredProgram, lower_streaming
+from flowexport.core.types import STEP, Artifact, Options, Precision, TensorSpec
+from flowexport.lowering import LoweredProgram, lower, lower_streaming
+from flowexport.ops.flow_attention import VARIANTS, FlowVariant
 from flowexport.parity.streaming import run_steps
 from flowexport.registry import OPS, TARGETS
 
@@ -24,9 +27,21 @@ GOLDEN = Path(__file__).parent / "golden"
 SIZES = {"feat_dim": 3, "max_len": 8, "num_classes": 3, "d_model": 8, "n_heads": 2}
 
 
-def lowered(model: CausalModel, sequence: TensorSpec, *lengths: int) -> LoweredProgram:
-    ops = list(OPS.working().values())
-    return lower_streaming(model, [sequence], ["logits"], lengths=lengths, name="tiny", ops=ops)
+def lowered(
+    model: CausalModel,
+    sequence: TensorSpec,
+    *lengths: int,
+    precision: Precision = Precision.FP32,
+) -> LoweredProgram:
+    return lower_streaming(
+        model,
+        [sequence],
+        ["logits"],
+        lengths=lengths,
+        name="tiny",
+        ops=list(OPS.working().values()),
+        precision=precision,
+    )
 
 
 @cache
@@ -81,9 +96,15 @@ def test_1024_steps_equal_one_forward(name: str, tmp_path: Path) -> None:
     ]
 
 
-def test_language_models_steps_on_onnx_runtime_reproduce_the_golden_vectors(
-    tmp_path: Path,
+SLOW = pytest.mark.slow
+RUNTIMES = ["onnx", pytest.param("tflite", marks=SLOW), pytest.param("coreml", marks=SLOW)]
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_language_models_forward_and_steps_reproduce_the_golden_vectors(
+    name: str, tmp_path: Path
 ) -> None:
+    """The authors' GPT (nano), int64 token ids in: what Core ML stores as int32."""
     tensors = load_file(GOLDEN / "flowformer_gpt_nano.safetensors")
     weights = {k[7:]: v for k, v in tensors.items() if k.startswith("weight:")}
     vocab, width = weights["transformer.wte.weight"].shape
@@ -92,11 +113,89 @@ def test_language_models_steps_on_onnx_runtime_reproduce_the_golden_vectors(
     model.load_state_dict(weights)
     idx = next(v for k, v in tensors.items() if k.startswith("input:")).numpy()
     program = lowered(model, TensorSpec("idx", ("batch", idx.shape[1]), "int64"))
-    artifact = TARGETS.get("onnx").convert(program, Options(), tmp_path)
+    target = TARGETS.get(name)
+    artifact = target.convert(program, Options(), tmp_path)
+    assert [s.dtype for s in artifact.inputs] == ["int64"]
     truth = tensors["output"].numpy()
+    if isinstance(artifact.inputs[0].shape[0], int):  # one sample a run
+        idx, truth = idx[:1], truth[:1]
     assert relative(steps(artifact, model, "idx", idx), truth) <= 1e-5
-    with TARGETS.get("onnx").load(artifact) as session:
+    with target.load(artifact) as session:
         assert relative(session.run({"idx": idx})["logits"], truth) <= 1e-5
+        if name == "coreml":
+            with pytest.raises(InputError, match="expected int32 ones: Core ML knows no int64"):
+                session.run({"idx": idx + 2**40})
+
+
+class Layer(torch.nn.Module):
+    """One attention of a sequence with itself, of the authors' parameter names."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], heads: int, variant: FlowVariant) -> None:
+        super().__init__()
+        width, inside = weights["query_projection.weight"].T.shape
+        self.attention = FlowAttention(width, inside, width, heads, variant)
+        self.attention.load_state_dict(weights)
+
+    def forward(self, queries: torch.Tensor) -> torch.Tensor:
+        return self.attention(queries, queries, queries)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "bound"),
+    [
+        ("onnx", "fp32", 1e-5),
+        pytest.param("tflite", "fp32", 1e-5, marks=SLOW),
+        pytest.param("coreml", "fp32", 1e-5, marks=SLOW),
+        ("coreml", "fp16", 3e-3),
+    ],
+)
+def test_decision_transformers_attention_reproduces_the_golden_vectors(
+    name: str, precision: str, bound: float, tmp_path: Path
+) -> None:
+    tensors = load_file(GOLDEN / "flow_attention_rl.safetensors")
+    weights = {k[7:]: v.float() for k, v in tensors.items() if k.startswith("weight:")}
+    x = tensors["input:queries"].float()
+    assert torch.equal(x, tensors["input:keys"].float())
+    heads = json.loads((GOLDEN / "attention_index.json").read_text())["flow_attention_rl"][
+        "n_heads"
+    ]
+    program = lower(
+        Layer(weights, heads, VARIANTS["rl"]).eval(),
+        [TensorSpec("queries", ("batch", *x.shape[1:]))],
+        ["output"],
+        name="rl",
+        ops=list(OPS.working().values()),
+        precision=Precision(precision),
+    )
+    target = TARGETS.get(name)
+    artifact = target.convert(program, Options(Precision(precision)), tmp_path)
+    if precision == "fp16":
+        assert artifact.form == "causal_means"
+    truth = tensors["output"].numpy()
+    with target.load(artifact) as session:
+        rows = [session.run({"queries": x[i : i + 1].numpy()})["output"] for i in range(len(x))]
+    assert relative(np.concatenate(rows), truth) <= bound
+
+
+def step_of(name: str, folder: Path) -> tuple[CausalModel, Artifact]:
+    torch.manual_seed(0)
+    model = build_model("flowformer-causal-timeseries", **SIZES, num_layers=1, d_ff=8).eval()
+    program = lowered(model, TensorSpec("x", ("batch", 8, 3)), precision=Precision.FP16)
+    return model, TARGETS.get(name).convert(program, Options(Precision.FP16), folder)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_half_precision_keeps_the_state_in_float32(name: str, tmp_path: Path) -> None:
+    model, artifact = step_of(name, tmp_path)
+    assert {s.dtype for s in artifact.functions[STEP].state_specs} == {"float32"}
+    x = np.random.default_rng(0).standard_normal((1, 600, 3)).astype(np.float32)
+    truth = truth_of(model, x)
+    values = steps(artifact, model, "x", x)
+    assert relative(values, truth) <= 3e-3
+    late = np.abs(values - truth)[:, -64:].max() / np.abs(truth).max()
+    assert late <= 1e-3, "the error does not grow with the steps"
+    if name == "coreml":
+        assert artifact.details["kept_fp32"][STEP]["state"] > 20
 
 
 def test_core_ml_functions_need_their_system(tmp_path: Path) -> None:

@@ -162,12 +162,13 @@ class AppEnds:
         self._native = native
         self._image = artifact.details.get("image")
         self._classes: list[str] = list(artifact.details.get("classes") or ())
+        self._outputs = artifact.outputs
         self._scores = artifact.outputs[0].name
         self._limit = PROBABILITY_ERROR.get(artifact.precision, HALF_ERROR)
 
     def feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Return what the package takes: a PIL image natively, unrounded pixels interpreted."""
-        found: dict[str, Any] = dict(feeds)
+        found: dict[str, Any] = {n: self._narrow(n, v) for n, v in feeds.items()}
         if self._image is None:
             return found
         name = self._image["input"]
@@ -182,6 +183,18 @@ class AppEnds:
         found[name] = Image.fromarray(planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0))
         return found
 
+    def _narrow(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Return an int64 feed as the int32 that a package takes; others as they are."""
+        if value.dtype != np.int64:
+            return value
+        limits = np.iinfo(np.int32)
+        if value.size and not limits.min <= value.min() <= value.max() <= limits.max:
+            raise InputError(
+                f"{self._where}: {name} has values from {value.min()} to {value.max()};"
+                " expected int32 ones: Core ML knows no int64."
+            )
+        return value.astype(np.int32)
+
     def results(self, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the tensors, after holding label and probabilities against the scores.
 
@@ -190,7 +203,9 @@ class AppEnds:
                 of its score, or the label is not that of the largest.
         """
         if not self._classes:
-            return {n: np.asarray(v) for n, v in results.items()}
+            wide = {s.name for s in self._outputs if s.dtype == "int64"}
+            arrays = {n: np.asarray(v) for n, v in results.items()}
+            return {n: v.astype(np.int64) if n in wide else v for n, v in arrays.items()}
         told, label = results[PROBABILITIES], results[LABEL]
         if set(told) != set(self._classes):
             raise VerificationError(

@@ -200,7 +200,11 @@ class Runner:
         """Return what ``predict`` takes: an image input as whole 8-bit pixels."""
         import numpy as np
 
-        feeds: dict[str, Any] = {n: np.ascontiguousarray(v) for n, v in arrays.items()}
+        # Core ML knows no int64: such inputs are int32 in the package.
+        feeds: dict[str, Any] = {
+            n: np.ascontiguousarray(v.astype(np.int32) if v.dtype == np.int64 else v)
+            for n, v in arrays.items()
+        }
         if self.image is None:
             return feeds
         from PIL import Image
