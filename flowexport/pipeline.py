@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowexport.bundle import Bundle, Staging, output_errors
 from flowexport.calibration import write_samples
-from flowexport.core.errors import ConversionError, InputError, UnknownNameError
+from flowexport.core.errors import BundleError, ConversionError, InputError, UnknownNameError
 from flowexport.core.pixels import round_feeds
 from flowexport.core.reports import LatencyReport, ParityReport, verdict_of
 from flowexport.core.types import Precision, TensorSpec, Verdict, float_precision
@@ -31,7 +31,7 @@ from flowexport.evidence import (
     verify_all,
 )
 from flowexport.manifest import make_manifest
-from flowexport.plan import Plan, make_plan
+from flowexport.plan import Plan, check_points, make_plan
 from flowexport.process import Conversion, convert_in_child, last_step
 from flowexport.progress import SILENT, Progress
 from flowexport.recipes import Recipe
@@ -184,6 +184,7 @@ def verify(
     targets: Sequence[str] = (),
     require: Sequence[str] = (),
     threads: int | None = None,
+    max_accuracy_drop: float | None = None,
     save: bool = False,
     runner: str | None = None,
     samples: int | None = None,
@@ -192,6 +193,8 @@ def verify(
     """Check every artifact of a bundle against its hash, golden outputs and evaluation set.
 
     Args:
+        max_accuracy_drop: points (0..100) of accuracy that may be lost, instead of the bundle's
+            own limits.
         save: also write the findings into the bundle's report.
         runner: where the runtimes run instead of here, one of ``flowexport.runners.RUNNERS``;
             it is set up first.
@@ -218,6 +221,8 @@ def verify(
     # --require adds to what --target selects.
     chosen = {*targets, *require} if targets else {*manifest["targets"], *absent}
     artifacts = {n: a for n, a in opened.artifacts().items() if n in chosen}
+    if max_accuracy_drop is not None:
+        manifest = _limit_drop(opened, max_accuracy_drop)
     check_files(opened)
     count = _threads(threads, manifest)
     machine = None
@@ -236,6 +241,26 @@ def verify(
     if save:
         record(opened, parity=parity)
     return result
+
+
+def _limit_drop(opened: Bundle, points: float) -> dict[str, Any]:
+    """Return the bundle's manifest with another limit on the accuracy, of every target.
+
+    Raises:
+        BundleError: the bundle has no evaluation set.
+        InputError: the limit is no number of points.
+    """
+    check_points(points)
+    if not (opened.path / "evaluation").is_dir():
+        raise BundleError(
+            f"bundle {opened.path}: has no evaluation set; expected one, on which"
+            f" --max-accuracy-drop {points:g} is judged.",
+            fix="convert again with `evaluation: {dataset: NAME}` in the recipe",
+        )
+    manifest = copy.deepcopy(dict(opened.manifest))
+    for entry in manifest["targets"].values():
+        entry["tolerance"] = {**entry["tolerance"], "max_accuracy_drop": points}
+    return manifest
 
 
 def benchmark(

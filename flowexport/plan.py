@@ -218,6 +218,12 @@ def _check_ranges(subject: Subject, options: Mapping[str, Options]) -> dict[str,
     }
 
 
+def check_points(points: float) -> None:
+    """Raise InputError unless this is a number of points of accuracy."""
+    if not 0 <= points <= 100:
+        raise InputError(f"max-accuracy-drop: has {points:g}; expected points in [0, 100].")
+
+
 def override(
     recipe: Recipe,
     precision: str | Precision | None = None,
@@ -244,10 +250,7 @@ def override(
             else Calibration(dataset=str(calibration)),
         )
     if max_accuracy_drop is not None:
-        if not 0 <= max_accuracy_drop <= 100:
-            raise InputError(
-                f"max-accuracy-drop: has {max_accuracy_drop:g}; expected points in [0, 100]."
-            )
+        check_points(max_accuracy_drop)
         recipe = replace(recipe, max_accuracy_drop=max_accuracy_drop)
     if precision is not None:
         recipe = recipe.with_precision(Precision(precision))

@@ -53,12 +53,7 @@ def convert(
             metavar="SET|FILE.npz", help="Samples for int8-static: a data set, or arrays."
         ),
     ] = None,
-    max_accuracy_drop: Annotated[
-        float | None,
-        typer.Option(
-            metavar="POINTS", help="FAIL where the evaluation set's accuracy drops by more."
-        ),
-    ] = None,
+    max_accuracy_drop: options.MaxAccuracyDrop = None,
     require: options.Require = [],  # noqa: B006
     threads: options.Threads = None,
     dry_run: Annotated[

@@ -85,6 +85,12 @@ BundlePath = Annotated[
 ]
 
 
+MaxAccuracyDrop = Annotated[
+    float | None,
+    typer.Option(metavar="POINTS", help="FAIL where the evaluation set's accuracy drops by more."),
+]
+
+
 def parse_input(text: str) -> TensorSpec:
     """Read one ``--input``.
 

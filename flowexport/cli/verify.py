@@ -11,6 +11,7 @@ def verify(
     target: options.Targets = [],  # noqa: B006
     require: options.Require = [],  # noqa: B006
     threads: options.Threads = None,
+    max_accuracy_drop: options.MaxAccuracyDrop = None,
     save: options.Save = False,
     runner: options.Runner = None,
     samples: options.Samples = None,
@@ -27,6 +28,7 @@ def verify(
             targets=target,
             require=require,
             threads=threads,
+            max_accuracy_drop=max_accuracy_drop,
             save=save,
             runner=runner,
             samples=samples,

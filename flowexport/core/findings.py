@@ -191,6 +191,20 @@ class AccuracyResult:
             return None
         return 100.0 * (self.reference_correct - self.correct) / self.samples
 
+    @property
+    def p_value(self) -> float | None:
+        """Exact McNemar test of equal accuracy, two-sided, on the same samples.
+
+        Under equal accuracy each sample that only one side gets right is a fair
+        coin: the binomial tails of ``lost`` among ``lost + gained`` (McNemar 1947).
+        1.0 where both get the same samples right; None without samples.
+        """
+        if not self.samples:
+            return None
+        flips = self.lost + self.gained
+        tail = sum(math.comb(flips, k) for k in range(min(self.lost, self.gained) + 1))
+        return min(1.0, 2.0 * tail / 2.0**flips)
+
     def violation(self, tolerance: Tolerance) -> str | None:
         if self.samples == 0 or self.samples != self.expected_samples:
             return (
@@ -199,7 +213,10 @@ class AccuracyResult:
             )
         drop, limit = self.drop_points, tolerance.max_accuracy_drop
         if limit is not None and drop is not None and not drop <= limit:
-            return f"{self.dataset}: accuracy drops {drop:.2f} points; expected <= {limit:g}"
+            return (
+                f"{self.dataset}: accuracy drops {drop:.2f} points; expected <= {limit:g}"
+                f" ({self.lost} lost, {self.gained} gained, exact McNemar p = {self.p_value:.2g})"
+            )
         low = tolerance.min_prediction_agreement
         if low is not None and not self.agreement / self.samples >= low:
             return (
@@ -215,6 +232,7 @@ class AccuracyResult:
             "accuracy": self.accuracy,
             "reference_accuracy": self.reference_accuracy,
             "drop_points": self.drop_points,
+            "p_value": self.p_value,
             "verdict": (Verdict.FAIL if violation else Verdict.PASS).value,
             "reason": violation,
         }

@@ -218,6 +218,8 @@ def _accuracy(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
         if found["lost"] or found["gained"]:
             note += f"; {found['lost']} lost, {found['gained']} gained"
+            if found.get("p_value") is not None:
+                note += f", exact McNemar p = {found['p_value']:.2g}"
         kind = "good" if found["verdict"] == "PASS" else "bad"
         rows.append(
             {
