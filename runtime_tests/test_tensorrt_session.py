@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 from tensorrt_fakes import COPY_MS, ENGINE_MS, FakeDevice, FakeEngine, runtime_module
 
 from flowexport.core.errors import BundleError, InputError, UnavailableError, VerificationError
-from flowexport.core.types import Artifact, Precision, TensorSpec
+from flowexport.core.hashing import sha256_file
+from flowexport.core.reports import Tolerance
+from flowexport.core.types import Artifact, Dataset, Precision, TensorSpec, Verdict
 from flowexport.ops.flow_attention.tensorrt import plugin, plugin_fields
+from flowexport.parity import Evaluation, Golden, verify_artifact
 from flowexport.targets.tensorrt import device as devices
 from flowexport.targets.tensorrt.sdk import SDK
 from flowexport.targets.tensorrt.session import ALLOW, MOST_SHAPES, TensorRTSession
@@ -159,6 +163,39 @@ def test_code_in_an_engine_runs_only_when_allowed(
     with bench.open() as session:
         assert session._runtime.engine_host_code_allowed is True
         session.run(sample(1))
+
+
+@pytest.mark.parametrize(("scale", "verdict"), [(1.0, Verdict.PASS), (1.001, Verdict.FAIL)])
+def test_verified_like_every_other_target(
+    scale: float, verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, monkeypatch)
+    bench.engine.compute = lambda x: compute(x) * scale
+    cases = {"random-0": sample(1), "batch-3": sample(3), "sixteen": sample(16)}
+    expected = {k: {"logits": compute(v["x"].astype(np.float64))} for k, v in cases.items()}
+    scores = sample(40)["x"]  # more than the largest profile takes
+    evaluation = Evaluation(
+        Dataset("forty", {"x": scores}, np.zeros(40, np.int64), ("a", "b"), "us"),
+        "logits",
+        compute(scores.astype(np.float64)),
+        "",
+    )
+    target = SimpleNamespace(
+        name="tensorrt",
+        load=lambda artifact, threads=1: bench.open(),
+        inspect=lambda path: {"fusions": {}},
+    )
+    artifact = replace(bench.artifact, sha256=sha256_file(bench.artifact.path))
+    report = verify_artifact(
+        target,  # type: ignore[arg-type]
+        artifact,
+        Golden(cases, expected, ""),
+        evaluation,
+        Tolerance(max_rel=1e-5, reason="the double computes in float32"),
+    )
+    assert report.verdict is verdict, report.reason
+    assert len(report.cases) >= 4
+    assert bench.device.captures >= 3
 
 
 PLUGIN = {"used": True, "creator": "python", "embedded": False, "kernel_source_sha256": "a" * 64}

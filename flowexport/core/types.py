@@ -275,7 +275,12 @@ class Session(ABC):
     """A loaded artifact on a runtime; a context manager.
 
     ``run`` checks the feeds and the results; subclasses implement ``_run``.
+
+    Attributes:
+        max_batch: samples that one run takes at most where the batch is dynamic; None: any.
     """
+
+    max_batch: int | None = None
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact

@@ -22,8 +22,8 @@ def run_batched(
 ) -> dict[str, np.ndarray]:
     """Run samples (first dimension of every input) in batches that the artifact takes.
 
-    A dynamic batch gets ``chunk`` samples a call, a fixed batch of ``n`` gets
-    ``n``; the last call repeats its last sample to fill up, and the surplus is dropped.
+    A dynamic batch gets ``chunk`` samples a call or as many as the session
+    takes, a fixed batch of ``n`` gets ``n``; the last call repeats its last sample to fill up, and the surplus is dropped.
 
     Args:
         progress: called with (samples done, samples) after each call.
@@ -63,7 +63,7 @@ def run_batched(
 
 def _slices(session: Session, total: int, chunk: int) -> Iterator[tuple[int, int, int]]:
     fixed = [s.shape[0] for s in session.artifact.inputs if s.shape and isinstance(s.shape[0], int)]
-    size = int(fixed[0]) if fixed else min(chunk, total)
+    size = int(fixed[0]) if fixed else min(chunk, total, session.max_batch or chunk)
     for start in range(0, total, size):
         stop = min(start + size, total)
         yield start, stop, size if fixed else stop - start

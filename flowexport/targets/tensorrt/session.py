@@ -69,6 +69,9 @@ class TensorRTSession(Session):
         self._allow_code()
         self._engine = self._deserialise(sdk)
         self._ranges = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
+        names = [s.name for s in artifact.inputs if isinstance(s.shape[0], str)]
+        largest = [ranges[name][1][0] for ranges in self._ranges for name in names]
+        self.max_batch = max(largest, default=None)
         self._ready: dict[tuple[Any, ...], _Ready] = {}
         self._buffers: dict[str, tuple[Tensor, Tensor]] = {}
         self._times: deque[tuple[float, float, float]] = deque(maxlen=MOST_SAMPLES)
