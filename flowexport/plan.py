@@ -199,13 +199,16 @@ def _check_model(
 def _check_ranges(subject: Subject, options: Mapping[str, Options]) -> dict[str, TargetCheck]:
     """Check the attentions for each target that computes them in half.
 
-    Quantised precisions leave them in floating point: what that is decides.
+    Quantised precisions leave them in floating point: what that is decides. A
+    fused plugin that the recipe insists on sums in float32 whatever its inputs are.
     """
     computed = {n: float_precision(TARGETS.get(n), o.precision) for n, o in options.items()}
     half = {
         name: o
         for name, o in options.items()
-        if computed[name] is Precision.FP16 and name not in COMPUTES_WIDE
+        if computed[name] is Precision.FP16
+        and name not in COMPUTES_WIDE
+        and not (o.extra.get("plugin") is True and getattr(TARGETS.get(name), "has_plugin", False))
     }
     if not half:
         return {}

@@ -23,7 +23,8 @@ def run_batched(
     """Run samples (first dimension of every input) in batches that the artifact takes.
 
     A dynamic batch gets ``chunk`` samples a call or as many as the session
-    takes, a fixed batch of ``n`` gets ``n``; the last call repeats its last sample to fill up, and the surplus is dropped.
+    takes, a fixed batch of ``n`` gets ``n``; the last call repeats its last
+    sample to fill up, and the surplus is dropped.
 
     Args:
         progress: called with (samples done, samples) after each call.
