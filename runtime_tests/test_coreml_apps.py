@@ -10,14 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flowexport_models import build_spec
 from mobile_models import LABELS, layer_feeds, layer_program
 from torch import nn
 
-from flowexport.core.errors import FlowExportError, InputError, VerificationError
+from flowexport.core.errors import (
+    ConversionError,
+    FlowExportError,
+    InputError,
+    VerificationError,
+)
 from flowexport.core.pixels import Pixels
 from flowexport.core.types import Artifact, Options, Precision, TensorSpec
-from flowexport.lowering import LoweredProgram, lower
-from flowexport.targets.coreml import TARGET, package
+from flowexport.lowering import LoweredProgram, decompose, lower, lower_streaming, specialise
+from flowexport.ops.flow_attention import VARIANTS, flow_attention
+from flowexport.ops.installed import installed_ops
+from flowexport.targets.coreml import TARGET, package, stateful
+from flowexport.targets.coreml.convert import to_package
 from flowexport.targets.coreml.interpreter import Interpreter, InterpreterSession
 
 pytest.importorskip("coremltools", reason="needs flowexport[coreml]")
@@ -269,7 +278,8 @@ def test_a_rule_that_matches_nothing_is_refused(tmp_path: Path) -> None:
         ({"layout": "nhwc"}, "unknown layout 'nhwc'; expected one of: ane, tokens"),
         ({"keep_fp32": ["head"]}, "keep_fp32 is .*, but the precision is fp32"),
         ({"keep_fp32": "head"}, "expected a list of different names"),
-        ({"stateful": True, "deployment_target": "iOS17"}, "iOS17; expected iOS18"),
+        ({"stateful": "split", "deployment_target": "iOS17"}, "iOS17; expected iOS18"),
+        ({"stateful": "full"}, "unknown kind of state 'full'; expected one of: half, split"),
         ({"metadata": {"autor": "x"}}, "did you mean 'author'"),
         ({"metadata": {"author": 3}}, "author is 3; expected a text"),
         ({"metadata": {"inputs": "x"}}, "inputs is 'x'; expected names with texts"),
@@ -312,3 +322,142 @@ def test_models_that_cannot_have_these_ends_are_refused(
 def test_image_of_a_model_with_two_inputs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the inputs are x, padding_mask; expected one"):
         TARGET.convert(layer_program("vision"), Options(extra={"image": True}), tmp_path)
+
+
+# Flexible lengths.
+
+
+class Pooled(nn.Module):
+    """One attention over any number of steps, pooled."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.variant = VARIANTS[variant]
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2)
+        y = flow_attention(q, k, v, self.variant).flatten(2) * mask.unsqueeze(-1)
+        return self.head(y.mean(1))
+
+
+def pooled_program(variant: str) -> LoweredProgram:
+    inputs = [
+        TensorSpec("x", ("batch", "length", 8)),
+        TensorSpec("padding_mask", ("batch", "length")),
+    ]
+    return lower(Pooled(variant).eval(), inputs, ["y"], name="pooled", ops=installed_ops())
+
+
+@pytest.mark.parametrize(
+    ("variant", "flexible", "refused"),
+    [
+        ("timeseries", {"length": {"range": [4, 40]}}, (3, 41)),
+        ("causal", {"length": {"sizes": [4, 9, 40]}}, (8,)),
+    ],
+)
+def test_flexible_lengths(
+    variant: str, flexible: dict[str, Any], refused: tuple[int, ...], tmp_path: Path
+) -> None:
+    options = Options(extra={"flexible": flexible})
+    artifact = TARGET.convert(pooled_program(variant), options, tmp_path)
+    assert artifact.inputs[0].shape == (1, "length", 8)
+    # Two enumerated inputs need iOS 18, a range does not.
+    assert artifact.details["deployment_target"] == (
+        "iOS18" if "sizes" in str(flexible) else "iOS16"
+    )
+    module = Pooled(variant).eval().double()
+
+    def feeds(length: int) -> dict[str, np.ndarray]:
+        draw = np.random.default_rng(length)
+        x = draw.standard_normal((1, length, 8)).astype(np.float32)
+        return {"x": x, "padding_mask": np.ones((1, length), np.float32)}
+
+    with InterpreterSession(artifact) as session:
+        for length in (4, 9, 40):
+            given = feeds(length)
+            with torch.no_grad():
+                want = module(*(torch.from_numpy(v).double() for v in given.values())).numpy()
+            got = session.run(given)["y"]
+            assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max(), length
+        for length in refused:
+            with pytest.raises(InputError, match="x has shape"):
+                session.run(feeds(length))
+
+
+def test_flexible_must_name_the_dimensions(tmp_path: Path) -> None:
+    for program, named in (
+        (pooled_program("vision"), "steps"),
+        (layer_program("vision"), "length"),
+    ):
+        options = Options(extra={"flexible": {named: {"range": [4, 8]}}})
+        with pytest.raises(InputError, match=f"flexible has {named}, and the inputs have"):
+            TARGET.convert(program, options, tmp_path)
+
+
+def test_what_a_deployment_target_lacks_is_refused(tmp_path: Path) -> None:
+    sizes = {"flexible": {"length": {"sizes": [4, 8]}}, "deployment_target": "iOS17"}
+    with pytest.raises(InputError, match="is iOS17; expected iOS18, the first with several inputs"):
+        TARGET.convert(pooled_program("vision"), Options(extra=sizes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# A state inside the package.
+
+
+@pytest.fixture(scope="module")
+def causal() -> LoweredProgram:
+    spec = build_spec(
+        "flowformer-causal-timeseries", feat_dim=4, max_len=12, num_classes=3, d_model=16,
+        n_heads=2, num_layers=1, d_ff=16,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return lower_streaming(
+        spec.build().eval(), spec.inputs, ["logits"], name="causal", ops=installed_ops()
+    )
+
+
+def test_state_inside_follows_the_explicit_one_and_its_drift_is_told(
+    causal: LoweredProgram, tmp_path: Path
+) -> None:
+    ops = installed_ops()
+    step, _ = decompose(specialise(causal.functions["step"], ops), "coreml", ops)
+    last = {}
+    for kind in ("split", "half"):
+        path = tmp_path / f"{kind}.mlpackage"
+        to_package(stateful.stateful_step(step, kind), Precision.FP32, "iOS18", path)
+        told = stateful.measure_drift(path, step, kind, function=None, steps=80).to_json()
+        assert told["execution"] == "interpreted" and [m for m, _ in told["drift"]] == [64]
+        last[kind] = told["drift"][0][1]
+    # Two numbers of 11 bits against one.
+    assert last["split"] <= 5e-6 < 1e-4 < last["half"] < 0.1
+    explicit = tmp_path / "explicit.mlpackage"
+    to_package(step, Precision.FP32, "iOS18", explicit)
+    with pytest.raises(ConversionError, match="has no state in the finished package"):
+        stateful.measure_drift(explicit, step, "half", function=None)
+
+
+@pytest.mark.slow
+def test_state_inside_is_one_more_function(
+    causal: LoweredProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stateful, "STEPS", 70)
+    artifact = TARGET.convert(causal, Options(extra={"stateful": "split"}), tmp_path)
+    size = artifact.details["size"]
+    assert size["shared_bytes"] < sum(size["separate_bytes"].values())
+    assert artifact.details["stateful"]["drift"][0][1] < 5e-6
+    function = artifact.function("step_stateful")
+    assert [s.name for s in function.inputs] == ["x"]
+    frame = {"x": np.ones((1, 4), np.float32)}
+    with TARGET.load(function) as session:
+        assert isinstance(session, InterpreterSession)
+        first, second = session.run(frame)["logits"], session.run(frame)["logits"]
+        session.reset_states()
+        np.testing.assert_array_equal(session.run(frame)["logits"], first)
+    assert np.abs(first - second).max() > 1e-4
+
+
+def test_a_model_without_a_step_has_no_state(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="stateful is asked for, but the model has no step"):
+        TARGET.convert(layer_program("causal"), Options(extra={"stateful": "split"}), tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flowexport.core.errors import InputError, LoweringError
+from flowexport.core.types import TensorSpec
 from flowexport.lowering.program import LoweredProgram, find_attentions
 from flowexport.ops.descriptor import AttentionDescriptor
 
@@ -44,7 +45,8 @@ def specialise(
         batch: size of the ``batch`` dimension.
 
     Returns:
-        The program with static shapes; ``precision`` is kept as asked for.
+        The program with a static batch; other named dimensions stay dynamic, and
+        ``precision`` is kept as asked for.
 
     Raises:
         LoweringError: ``torch.export`` refused the batch.
@@ -53,9 +55,18 @@ def specialise(
     if not isinstance(module, torch.fx.GraphModule):
         raise LoweringError(f"lower {program.model}: the exported program has no graph module.")
     _widen(module)
+    names = {d for s in program.inputs for d in s.shape if isinstance(d, str)} - {"batch"}
+    dims = {n: torch.export.Dim(n, min=1, max=65536) for n in sorted(names)}
+    dynamic = tuple(
+        {i: dims[d] for i, d in enumerate(s.shape) if d in dims} for s in program.inputs
+    )
+    # Two in every dynamic dimension: torch.export specialises on 0 and 1.
+    example = program.example(batch=batch, **dict.fromkeys(names, 2))
     try:
         with torch.no_grad():
-            exported = torch.export.export(module, program.example(batch=batch))
+            exported = torch.export.export(
+                module, example, dynamic_shapes=dynamic if names else None
+            )
     except Exception as error:
         raise LoweringError(
             f"lower {program.model}: torch.export refused batch {batch}:"
@@ -66,14 +77,18 @@ def specialise(
     return replace(
         program,
         exported=exported,
-        inputs=tuple(s.static(batch=batch) for s in program.inputs),
-        outputs=tuple(s.static(batch=batch) for s in program.outputs),
+        inputs=tuple(_of_batch(s, batch) for s in program.inputs),
+        outputs=tuple(_of_batch(s, batch) for s in program.outputs),
         # The module paths come from the first export; a second one knows the graph only.
         attentions=tuple(
             replace(site, module_path=old.module_path)
             for site, old in zip(found, program.attentions, strict=True)
         ),
     )
+
+
+def _of_batch(spec: TensorSpec, batch: int) -> TensorSpec:
+    return replace(spec, shape=tuple(batch if d == "batch" else d for d in spec.shape))
 
 
 def _widen(module: torch.fx.GraphModule) -> None:

@@ -44,8 +44,7 @@ class CoreMLSession(Session):
                 f"load coreml {artifact.model}: Core ML refuses the package: {line}"
             ) from error
         self._ends = AppEnds(artifact, native=True)
-        inside = artifact.details.get("stateful", {}).get("function") == artifact.entry
-        self._state: Any = self._model.make_state() if inside else None
+        self._state: Any = self._model.make_state() if _state_inside(artifact) else None
         self._info = RuntimeInfo(
             name="Core ML",
             version=f"macOS {platform.mac_ver()[0]}",
@@ -72,6 +71,11 @@ class CoreMLSession(Session):
         self._model = None
 
 
+def _state_inside(artifact: Artifact) -> bool:
+    """Whether this function keeps its state itself, in float16."""
+    return bool(artifact.details.get("stateful", {}).get("function") == artifact.entry)
+
+
 def open_session(artifact: Artifact, threads: int) -> Session:
     """Return the session that this machine has for Core ML packages.
 
@@ -88,6 +92,6 @@ def open_session(artifact: Artifact, threads: int) -> Session:
     from flowexport.targets.coreml.interpreter import InterpreterSession, Mode
 
     # Compressed weights are widened to half.
-    half = artifact.precision is not Precision.FP32
+    half = artifact.precision is not Precision.FP32 or _state_inside(artifact)
     function = artifact.entry if artifact.functions else None
     return InterpreterSession(artifact, Mode.FP16 if half else Mode.EXACT, function)

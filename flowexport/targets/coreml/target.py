@@ -211,8 +211,7 @@ class CoreMLTarget:
         details["scalars"] = package.scalars(spec)
         sha256, size = sha256_tree(path), size_tree(path)
         if settings.stateful:
-            mode = "fp16" if _computed(options) is Precision.FP16 else "exact"
-            found = measure_drift(path, made[STEP].program, settings.stateful, mode, tell=_tell)
+            found = measure_drift(path, made[STEP].program, settings.stateful, tell=_tell)
             details["stateful"] = found.to_json()
         if len(static) > 1:
             details["size"] = {"shared_bytes": size, "separate_bytes": separate}

@@ -238,16 +238,25 @@ class Interpreter:
                 program declares.
         """
         environment: dict[str, Any] = {}
-        for done, (step, _) in enumerate(self._execute(feeds, environment, states), 1):
-            if progress is not None:
-                progress(done, len(self._steps), step.op_type)
+        # Entered once: it costs as much as a small operator.
+        with torch.inference_mode():
+            for done, (step, _) in enumerate(self._execute(feeds, environment, states), 1):
+                if progress is not None:
+                    progress(done, len(self._steps), step.op_type)
         return self._collect(environment)
 
     def run_with_values(
         self, feeds: Mapping[str, Any], *, states: States | None = None
     ) -> Iterator[OpValue]:
         """Run once and yield every operator's results in execution order (for bisection)."""
-        for step, values in self._execute(feeds, {}, states):
+        execution = self._execute(feeds, {}, states)
+        while True:
+            # Not held over a yield, where it would reach the caller's own code.
+            with torch.inference_mode():
+                done = next(execution, None)
+            if done is None:
+                return
+            step, values = done
             for (name, _), value in zip(step.results, values, strict=True):
                 array = value.numpy() if isinstance(value, Tensor) else value
                 yield OpValue(step.op_type, name, self.module_path(name), array)
@@ -298,8 +307,7 @@ class Interpreter:
                 value = tuple(environment[v.name] if type(v) is _Slot else v for v in value)
             arguments[name] = value
         try:
-            with torch.inference_mode():
-                outcome = step.handler(step.arithmetic, **arguments)
+            outcome = step.handler(step.arithmetic, **arguments)
         except Exception as error:
             raise ConversionError(
                 f"{self._place(step.op_type, step.results[0][0])} failed: {error}."

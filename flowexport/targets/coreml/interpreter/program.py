@@ -24,6 +24,8 @@ class Declared:
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a shape is one that this type allows."""
+        if shape == self.shape:
+            return True
         return len(shape) == len(self.shape) and all(
             want is None or want == have for want, have in zip(self.shape, shape, strict=True)
         )

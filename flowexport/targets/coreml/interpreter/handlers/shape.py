@@ -50,7 +50,8 @@ def concat(
     math: Arithmetic, *, values: tuple[Tensor, ...], axis: Tensor, interleave: Tensor
 ) -> Tensor:
     require(not bool(interleave), "concat with interleave; expected none")
-    return torch.cat(values, int(axis))
+    # MIL takes scalars as vectors of one.
+    return torch.cat([v.reshape(1) if v.dim() == 0 else v for v in values], int(axis))
 
 
 def stack(math: Arithmetic, *, values: tuple[Tensor, ...], axis: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def gather(
     batch = 0 if batch_dims is None else int(batch_dims)
     if batch == 0:
         flat = x.index_select(dim, chosen.reshape(-1))
-        return flat.reshape(*x.shape[:dim], *chosen.shape, *x.shape[dim + 1 :])
+        return flat.reshape([*x.shape[:dim], *chosen.shape, *x.shape[dim + 1 :]])
     rows, picks = x.flatten(0, batch - 1), chosen.flatten(0, batch - 1)
     inner = torch.tensor(dim - batch)
     parts = [gather(math, x=r, indices=p, axis=inner) for r, p in zip(rows, picks, strict=True)]
