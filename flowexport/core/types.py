@@ -335,6 +335,11 @@ class Target(Protocol):
     named here because the core imports nothing of ours. A target whose files
     carry a causal model's ``step`` has ``streams = True``; one whose quantised
     files compute in half where they do not in integers, ``float_parts = Precision.FP16``.
+
+    A target may also have ``check_model(spec, options, several)``, which refuses what a
+    model cannot have in its format and returns the inputs that it takes as pixels;
+    ``inspect_run(path)``, what a runtime says of a loaded file; ``file_feeds(artifact,
+    feeds)`` where its files' inputs are not those of the artifact.
     """
 
     name: str

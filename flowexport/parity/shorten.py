@@ -10,6 +10,7 @@ from flowexport.parity.storage import Evaluation
 from flowexport.parity.streaming import SavedStream
 
 STEPS = 128
+"""Of a stream: past two chunks of the causal form."""
 
 
 def shorten(

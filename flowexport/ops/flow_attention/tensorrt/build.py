@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from flowexport.core import folders
 from flowexport.core.errors import InputError, UnavailableError
 
 SOURCE = Path(__file__).with_name("cuda")
@@ -43,9 +44,8 @@ def source_hash() -> str:
 
 
 def cache_dir() -> Path:
-    """Return the folder of compiled kernels: ``$FLOWEXPORT_CACHE`` or the user's cache."""
-    root = os.environ.get("FLOWEXPORT_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return Path(root or Path.home() / ".cache") / "flowexport" / "kernels"
+    """Return the folder of compiled kernels."""
+    return folders.cache_dir("kernels")
 
 
 def _tool(names: Sequence[str | None], what: str, fix: str) -> str:
