@@ -19,6 +19,7 @@ from flowexport.calibration import write_samples
 from flowexport.core.errors import BundleError, ConversionError, InputError, UnknownNameError
 from flowexport.core.pixels import round_feeds
 from flowexport.core.reports import LatencyReport, ParityReport, verdict_of
+from flowexport.core.steps import last_step
 from flowexport.core.types import Precision, TensorSpec, Verdict, float_precision
 from flowexport.evidence import (
     NOT_VERIFIED,
@@ -32,7 +33,7 @@ from flowexport.evidence import (
 )
 from flowexport.manifest import make_manifest
 from flowexport.plan import Plan, check_points, make_plan
-from flowexport.process import Conversion, convert_in_child, last_step
+from flowexport.process import Conversion, convert_in_child
 from flowexport.progress import SILENT, Progress
 from flowexport.recipes import Recipe
 from flowexport.registry import OPS, TARGETS

@@ -22,8 +22,6 @@ from flowexport.core.errors import ConversionError, FlowExportError
 from flowexport.core.types import Artifact, Options
 
 LOG_LINES = 12
-STEP = "flowexport step: "
-"""Starts a line of a converter's log that says how far it is."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +89,6 @@ def convert_in_child(
             f"convert {target} {model}: the converter left no file at {artifact.path}."
         )
     return Conversion(artifact, result["seconds"], int(result["peak_rss_bytes"]))
-
-
-def last_step(log: Path) -> str:
-    """Return the last step that a converter's log tells, or nothing."""
-    try:
-        with log.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096))
-            lines = stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((x.removeprefix(STEP) for x in reversed(lines) if x.startswith(STEP)), "")
 
 
 def run_child(

@@ -12,6 +12,7 @@ import pytest
 from tensorrt_fakes import FLAGS, FakeConfig, FakeContext, FakeEngine, FullTensorRT
 
 from flowexport.core.errors import InputError
+from flowexport.core.steps import last_step
 from flowexport.core.types import Options
 from flowexport.targets.tensorrt import build, sdk
 from flowexport.targets.tensorrt.adapter import RtxAdapter
@@ -49,6 +50,9 @@ def test_build_by_the_documented_calls(
     assert config.profiling_verbosity == "detailed" and config.max_aux_streams == 0
     assert [p.shapes["x"] for p in config.profiles] == [tuple(p["x"]) for p in PROFILES]
     assert steps == "flowexport step: Building 1/2\n"
+    log = tmp_path / "tensorrt.log"
+    log.write_text(f"[V] before\n{steps}[V] after\n")
+    assert last_step(log) == "Building 1/2" and last_step(tmp_path / "none") == ""
     assert (tmp_path / "net.engine").read_bytes() == b"full engine"
     # The layer table is the engine's own, by the inspector.
     assert result["layers"][1] == {"name": "attn", "type": "PluginV3"} and result["tables"] == 1

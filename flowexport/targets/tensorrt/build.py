@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from flowexport.core.errors import FlowExportError
+from flowexport.core.steps import STEP
 from flowexport.targets.tensorrt.adapter import adapter
 
 PR_SET_PDEATHSIG = 1
 ADDR_NO_RANDOMIZE = 0x0040000
-STEP = "flowexport step: "
 
 
 def build(request: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -123,6 +123,21 @@ def build_engine(sdk: SDK, request: Request, engine: Path) -> Build:
     folder = engine.parent
     asked, result, log = (folder / f"build.{what}" for what in ("request", "result", "log"))
     asked.write_text(json.dumps(_to_json(sdk, request, engine)), encoding="utf-8")
+    try:
+        code = _run_child(sdk, request, asked, result, log)
+        built = _read(request, engine, result, code, _text(log))
+    except ConversionError:
+        print("\n".join(_text(log).splitlines()[-_LOG_TAIL:]), file=sys.stderr)
+        engine.unlink(missing_ok=True)
+        raise
+    for leftover in (asked, result, log):
+        leftover.unlink()
+    return built
+
+
+def _run_child(sdk: SDK, request: Request, asked: Path, result: Path, log: Path) -> int:
+    """Run the builder's process to its end; returns its exit code."""
+    folder = asked.parent
     # Relative names: the length of a path moves addresses, and they are in the engine.
     module = "flowexport.targets.tensorrt.build"
     steps = os.dup(2)  # a converter's log: who shows progress reads it there
@@ -142,7 +157,7 @@ def build_engine(sdk: SDK, request: Request, engine: Path) -> Build:
         )
         os.close(steps)
         try:
-            code = child.wait(request.timeout)
+            return child.wait(request.timeout)
         except subprocess.TimeoutExpired:
             raise ConversionError(
                 f"{request.where}: the build took more than {request.timeout:g} s.",
@@ -152,37 +167,37 @@ def build_engine(sdk: SDK, request: Request, engine: Path) -> Build:
             if child.poll() is None:
                 child.kill()
                 child.wait()
-    text = log.read_text(encoding="utf-8", errors="replace")
-    try:
-        found = _found(result, code, request.where, text)
-        layers = parse_layers(text)
-        if found["layers"] is not None:
-            layers = tuple(Layer(**one) for one in found["layers"])
-        if not layers:
-            raise ConversionError(f"{request.where}: the builder's log has no layer table.")
-        built = Build(
-            engine=engine,
-            seconds=found["seconds"],
-            version=found["version"],
-            network_layers=found["network_layers"],
-            layers=layers,
-            tables=found["tables"],
-            settings=found["settings"],
+
+
+def _read(request: Request, engine: Path, result: Path, code: int, log: str) -> Build:
+    """Return what was built, its plugins counted, or raise with what the child said."""
+    found = _found(result, code, request.where, log)
+    layers = parse_layers(log)
+    if found["layers"] is not None:
+        layers = tuple(Layer(**one) for one in found["layers"])
+    if not layers:
+        raise ConversionError(f"{request.where}: the builder's log has no layer table.")
+    built = Build(
+        engine=engine,
+        seconds=found["seconds"],
+        version=found["version"],
+        network_layers=found["network_layers"],
+        layers=layers,
+        tables=found["tables"],
+        settings=found["settings"],
+    )
+    expected = built.tables * (request.plugin.expected if request.plugin else 0)
+    if len(built.plugin_layers) != expected:
+        raise ConversionError(
+            f"{request.where}: the engine has {len(built.plugin_layers)} plugin layers;"
+            f" expected {expected}, one a FlowAttention node and profile.",
+            fix="--no-plugin builds the attention from TensorRT's own layers",
         )
-        expected = built.tables * (request.plugin.expected if request.plugin else 0)
-        if len(built.plugin_layers) != expected:
-            raise ConversionError(
-                f"{request.where}: the engine has {len(built.plugin_layers)} plugin layers;"
-                f" expected {expected}, one a FlowAttention node and profile.",
-                fix="--no-plugin builds the attention from TensorRT's own layers",
-            )
-    except ConversionError:
-        print("\n".join(text.splitlines()[-_LOG_TAIL:]), file=sys.stderr)
-        engine.unlink(missing_ok=True)
-        raise
-    for leftover in (asked, result, log):
-        leftover.unlink()
     return built
+
+
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
 
 def _to_json(sdk: SDK, request: Request, engine: Path) -> dict[str, Any]:
