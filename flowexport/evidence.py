@@ -179,7 +179,7 @@ def bench_all(
             specs = artifacts[next(iter(sessions))].inputs
             reports |= measure(
                 sessions,
-                bench_feeds(specs, golden.cases[_bench_case(golden)]),
+                bench_feeds(specs, golden.cases[bench_case(golden)]),
                 warmup=settings["warmup"],
                 min_runs=settings["min_runs"],
                 min_seconds=settings["min_seconds"],
@@ -224,7 +224,7 @@ def _bench_steps(
         )
 
 
-def _bench_case(golden: Golden) -> str:
+def bench_case(golden: Golden) -> str:
     """Prefer a real sample, whose padding and range are those of use."""
     return next((c for c in golden.cases if c.startswith("sample-")), next(iter(golden.cases)))
 

@@ -13,6 +13,7 @@ from flowexport.cli import (
     convert,
     demo,
     doctor,
+    front,
     inspect,
     listing,
     package,
@@ -57,6 +58,7 @@ app.command("list")(listing.list_all)
 app.command("doctor")(doctor.doctor)
 app.command("check")(check.check)
 app.command("convert")(convert.convert)
+app.command("front")(front.front)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.add_typer(report.app, name="report")

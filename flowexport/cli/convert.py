@@ -47,12 +47,7 @@ def convert(
     no_plugin: Annotated[
         bool, typer.Option("--no-plugin", help="TensorRT: attention from its own layers.")
     ] = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SET|FILE.npz", help="Samples for int8-static: a data set, or arrays."
-        ),
-    ] = None,
+    calibration: options.Calibration = None,
     max_accuracy_drop: options.MaxAccuracyDrop = None,
     require: options.Require = [],  # noqa: B006
     threads: options.Threads = None,

@@ -85,6 +85,10 @@ BundlePath = Annotated[
 ]
 
 
+Calibration = Annotated[
+    str | None,
+    typer.Option(metavar="SET|FILE.npz", help="Samples for int8-static: a data set, or arrays."),
+]
 MaxAccuracyDrop = Annotated[
     float | None,
     typer.Option(metavar="POINTS", help="FAIL where the evaluation set's accuracy drops by more."),
