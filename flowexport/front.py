@@ -242,7 +242,8 @@ def _remarks(points: Sequence[Point]) -> list[Point]:
                 share = p.size_bytes / half.size_bytes
                 remark = (
                     f"slower ({p.latency_ms:.3g} against {half.latency_ms:.3g} ms) and less"
-                    f" accurate than fp16 on {p.target}: {worse}; all it gains is size ({share:.2f}x)"
+                    f" accurate than fp16 on {p.target}: {worse}; all it gains is size"
+                    f" ({share:.2f}x)"
                 )
         told.append(replace(p, on_front=p.verdict == "PASS" and not ahead, remark=remark))
     return told

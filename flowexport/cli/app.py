@@ -18,6 +18,7 @@ from flowexport.cli import (
     listing,
     package,
     report,
+    sensitivity,
     verify,
 )
 
@@ -59,6 +60,7 @@ app.command("doctor")(doctor.doctor)
 app.command("check")(check.check)
 app.command("convert")(convert.convert)
 app.command("front")(front.front)
+app.command("sensitivity")(sensitivity.sensitivity)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.add_typer(report.app, name="report")
