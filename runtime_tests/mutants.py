@@ -328,6 +328,15 @@ WEIGHT_DAMAGES: Mapping[str, tuple[str, str, Damage]] = {
 }
 
 
+def find_tensor(tensors: Mapping[str, np.ndarray], layer: np.ndarray) -> str:
+    """Return the name of the tensor that holds a layer's matrix, in either order of its axes."""
+    for name, values in tensors.items():
+        for turned in (layer, layer.T):
+            if values.shape == turned.shape and np.array_equal(values, turned):
+                return name
+    raise AssertionError("the file holds no such matrix")
+
+
 def roles(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Choose the tensors that are damaged, from those of a file in their order.
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mutants
 import numpy as np
 from mutants import WEIGHT_DAMAGES, Damage, Mutant
 
@@ -98,6 +99,21 @@ def _immediate_weight(role: str, damage: Damage, path: Path) -> None:
     edit(change, path)
 
 
+def damage_layer(path: Path, layer: np.ndarray, damage: Damage) -> None:
+    """Damage the tensor that holds a layer's matrix, in either order of its axes."""
+    tensors = weights(path)
+    _overwrite(path, mutants.find_tensor(tensors, layer), damage, tensors)
+
+
+def _overwrite(path: Path, name: str, damage: Damage, tensors: dict[str, np.ndarray]) -> None:
+    start = next(s for n, s, _ in _blobs(path) if n == name)
+    file = path / package.WEIGHTS_FILE
+    content = bytearray(file.read_bytes())
+    values = damage(tensors[name]).astype(np.float32).tobytes()
+    content[start : start + len(values)] = values
+    file.write_bytes(content)
+
+
 def _weight(role: str, damage: Damage, path: Path) -> None:
     tensors = weights(path)
     if role in ("norm", "bias"):
@@ -111,12 +127,7 @@ def _weight(role: str, damage: Damage, path: Path) -> None:
     else:
         matrices = [n for n, v in tensors.items() if v.ndim == 2]
         name = matrices[{"first": 0, "middle": len(matrices) // 3, "last": -1}[role]]
-    start = next(s for n, s, _ in _blobs(path) if n == name)
-    file = path / package.WEIGHTS_FILE
-    content = bytearray(file.read_bytes())
-    values = damage(tensors[name]).astype(np.float32).tobytes()
-    content[start : start + len(values)] = values
-    file.write_bytes(content)
+    _overwrite(path, name, damage, tensors)
 
 
 def _stored_fp16(path: Path) -> None:

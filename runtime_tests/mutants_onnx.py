@@ -35,6 +35,19 @@ def edit(change: Edit, path: Path) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def damage_layer(path: Path, layer: np.ndarray, damage: Damage) -> None:
+    """Damage the tensor that holds a layer's matrix, in either order of its axes."""
+
+    def change(model: Any) -> None:
+        tensors = weights(model)
+        name = mutants.find_tensor(tensors, layer)
+        tensor = _initializer(model, name)
+        values = damage(tensors[name]).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(values, name))
+
+    edit(change, path)
+
+
 def _weight(role: str, damage: Damage, model: Any) -> None:
     tensors = weights(model)
     name = mutants.roles(tensors)[role]

@@ -85,6 +85,17 @@ def _role(model: Any, role: str) -> int:
     return int(matrices[{"first": 0, "middle": len(matrices) // 3, "last": -1}[role]])
 
 
+def damage_layer(path: Path, layer: np.ndarray, damage: Damage) -> None:
+    """Damage the tensor that holds a layer's matrix, in either order of its axes."""
+
+    def change(model: Any) -> None:
+        tensors = weights(model)
+        name = mutants.find_tensor(tensors, layer)
+        _set(model, int(name), damage(tensors[name]).astype(np.float32))
+
+    edit(change, path)
+
+
 def _weight(role: str, damage: Damage, model: Any) -> None:
     index = _role(model, role)
     values = _constant(model, index)

@@ -9,6 +9,7 @@ import typer
 from flowexport import __version__
 from flowexport.cli import (
     bench,
+    bisect,
     check,
     convert,
     demo,
@@ -62,6 +63,7 @@ app.command("convert")(convert.convert)
 app.command("front")(front.front)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("verify")(verify.verify)
+app.command("bisect")(bisect.bisect)
 app.command("bench")(bench.bench)
 app.add_typer(report.app, name="report")
 app.command("inspect")(inspect.inspect)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_tree, size_tree
@@ -245,6 +247,14 @@ class CoreMLTarget:
             InputError: the package is corrupt.
         """
         return open_session(artifact, threads)
+
+    def trace(
+        self, artifact: Artifact, feeds: Mapping[str, np.ndarray], *, threads: int = 1
+    ) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Yield name, operator and array of every value that the file computes."""
+        from flowexport.targets.coreml.trace import trace
+
+        yield from trace(artifact, feeds)
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """Read a finished package.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from flowexport.core.errors import ConversionError, UnavailableError
 from flowexport.core.hashing import sha256_file
@@ -138,6 +140,14 @@ class OnnxTarget:
                 fix="pip install flowexport",
             )
         return OnnxSession(artifact, threads)
+
+    def trace(
+        self, artifact: Artifact, feeds: Mapping[str, np.ndarray], *, threads: int = 1
+    ) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Yield name, operator and array of every value that the file computes."""
+        from flowexport.targets.onnx.trace import trace
+
+        yield from trace(artifact, feeds, threads)
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """Return inputs, outputs, operators (also inlined), fusions, metadata and size.

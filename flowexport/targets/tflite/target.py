@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,14 @@ class TFLiteTarget:
     ) -> dict[str, np.ndarray]:
         """Return what the file takes for feeds of the artifact's specs."""
         return file_feeds(artifact, feeds)
+
+    def trace(
+        self, artifact: Artifact, feeds: Mapping[str, np.ndarray], *, threads: int = 1
+    ) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Yield name, operator and array of every value that the file computes."""
+        from flowexport.targets.tflite.trace import trace
+
+        yield from trace(artifact, feeds, threads)
 
     def inspect(self, path: Path) -> dict[str, Any]:
         """Read a finished file.

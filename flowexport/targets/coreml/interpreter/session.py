@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
 import numpy as np
@@ -11,7 +11,7 @@ from flowexport.core.types import Artifact, RuntimeInfo, Session
 from flowexport.targets.coreml import package
 from flowexport.targets.coreml.ends import AppEnds
 from flowexport.targets.coreml.interpreter.arithmetic import Mode
-from flowexport.targets.coreml.interpreter.machine import Interpreter, Progress
+from flowexport.targets.coreml.interpreter.machine import Interpreter, OpValue, Progress
 from flowexport.targets.coreml.interpreter.stats import OperatorStat, operator_stats
 
 
@@ -76,9 +76,13 @@ class InterpreterSession(Session):
         """Set every state to zeros, as a new ``MLState`` on a device."""
         self._states = self.interpreter.new_states()
 
+    def values(self, feeds: Mapping[str, np.ndarray]) -> Iterator[OpValue]:
+        """Run once and yield every operator's results, in execution order."""
+        return self.interpreter.run_with_values(self._ends.feeds(feeds))
+
     def operator_stats(self, feeds: Mapping[str, np.ndarray]) -> list[OperatorStat]:
         """Run once and describe every float result: peak, subnormals, rank."""
-        return operator_stats(self.interpreter.run_with_values(self._ends.feeds(feeds)))
+        return operator_stats(self.values(feeds))
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         given = self._ends.feeds(feeds)

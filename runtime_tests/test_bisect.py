@@ -1,0 +1,168 @@
+"""Bisection: a layer that is damaged in the finished file is named by its PyTorch module."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mutants_coreml
+import mutants_onnx
+import mutants_tflite
+import numpy as np
+import pytest
+from mutants import artifact_of, make_bundle
+from way_tools import refused
+
+from flowexport.cli import run
+from flowexport.parity.bisect import Step, Value, bisect
+from flowexport.registry import TARGETS
+
+MODULES: dict[str, Any] = {
+    "onnx": mutants_onnx,
+    "tflite": mutants_tflite,
+    "coreml": mutants_coreml,
+}
+LAYERS = ("embed", "first.attention.out_projection", "second.expand", "second.shrink", "other")
+Capture = pytest.CaptureFixture[str]
+
+
+# The comparison on its own: arrays in, the first wrong step out.
+
+
+def step(name: str, value: np.ndarray, *inputs: str, part: bool = False) -> Step:
+    return Step(name, f"module.{name}", "op", value, inputs, part)
+
+
+def chain(seed: int = 0) -> tuple[list[Step], list[Value]]:
+    """Return a -> b -> c -> d, and a file that holds all but b, in other layouts."""
+    rng = np.random.default_rng(seed)
+    a, b, c, d = (rng.standard_normal((1, 4, 6, 5)) for _ in range(4))
+    steps = [step("a", a), step("b", b, "a"), step("c", c, "b"), step("d", d, "c")]
+    values = [
+        Value("x", "conv", a.transpose(0, 2, 3, 1).astype(np.float32)),
+        Value("y", "gemm", c.reshape(24, 5).astype(np.float32)),
+        Value("z", "add", d.astype(np.float32)),
+    ]
+    return steps, values
+
+
+def compare(steps: list[Step], values: list[Value], error: float) -> Any:
+    return bisect(steps, values, case="c", tolerance=1e-5, output_error=error)
+
+
+def test_layouts_and_fused_steps_of_a_healthy_file_are_right() -> None:
+    steps, values = chain()
+    found = compare(steps, values, 1e-7)
+    assert found.healthy and found.first is None and found.jump is None
+    assert [s.within for s in found.steps] == [True, False, True, True]
+    assert all(s.right for s in found.steps)
+
+
+def test_the_first_wrong_value_is_named_with_what_was_fused_before_it() -> None:
+    steps, values = chain()
+    wrong = values[1].array + np.float32(0.1)
+    values[1:] = [Value("y", "gemm", wrong), Value("z", "add", values[2].array * np.float32(2))]
+    found = compare(steps, values, 0.5)
+    assert not found.healthy and found.first is not None
+    # b has c's size: the file's nearest value to it is no right one.
+    assert found.first.module in ("module.b", "module.c")
+    assert found.steps[0].within and not found.steps[2].within and not found.steps[3].within
+
+
+def test_a_wrong_part_is_told_by_the_whole_it_came_from() -> None:
+    rng = np.random.default_rng(1)
+    whole, end = rng.standard_normal((3, 8)), rng.standard_normal(4)
+    parts = [whole[i] for i in range(3)]
+    steps = [
+        step("whole", whole),
+        *(step(f"part{i}", p, "whole", part=True) for i, p in enumerate(parts)),
+        step("end", end, "part0", "part1", "part2"),
+    ]
+    good = [Value(f"v{i}", "split", p.astype(np.float32)) for i, p in enumerate(parts)]
+    right = compare(steps, [*good, Value("e", "add", end.astype(np.float32))], 1e-7)
+    assert right.first is None
+    bad = [Value("v0", "split", good[0].array * np.float32(2)), *good[1:]]
+    found = compare(steps, [*bad, Value("e", "add", (end + 1).astype(np.float32))], 0.5)
+    assert found.first is not None and found.first.name == "part0"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_never_right(value: float) -> None:
+    steps, values = chain()
+    values[2] = Value("z", "add", np.full((1, 4, 6, 5), value, np.float32))
+    found = compare(steps, values, float("inf"))
+    assert found.first is not None and found.first.name == "d" and found.first.error is None
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+# The whole way, on files.
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    targets = [n for n in MODULES if TARGETS.get(n).probe().converts]
+    return make_bundle(tmp_path_factory.mktemp("bisect"), targets)
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("mutant_model", _file(bundle))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _file(bundle: Path) -> Path:
+    return bundle.parent / "mutant_model.py"
+
+
+def _arguments(bundle: Path, folder: Path, name: str) -> list[str]:
+    source = f"{_file(folder)}:build"
+    return ["bisect", str(bundle), "--target", name, "--model", source, "--json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODULES)
+def test_a_healthy_artifact_is_said_to_be_healthy(bundle: Path, name: str, capsys: Capture) -> None:
+    assert run(_arguments(bundle, bundle, name)) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["healthy"] is True and document["first"] is None
+    seen = {s["module"] for s in document["steps"] if s["within"]}
+    assert {"embed", "first.attention", "second.shrink", "logits", "other"} <= seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODULES)
+def test_the_damaged_layer_is_named(
+    bundle: Path, model: ModuleType, name: str, tmp_path: Path, capsys: Capture
+) -> None:
+    parameters = dict(model.build().named_parameters())
+    for layer in LAYERS:
+        copy = Path(shutil.copytree(bundle, tmp_path / layer))
+        matrix = parameters[f"{layer}.weight"].detach().numpy()
+        path = artifact_of(copy, name).path
+        MODULES[name].damage_layer(path, matrix, lambda v: v * np.float32(1.05))
+        assert run(_arguments(copy, bundle, name)) == 4
+        document = json.loads(capsys.readouterr().out)
+        assert document["first"] is not None, document["output_error"]
+        assert document["first"]["module"] == layer
+        assert document["first"]["operator"] == "linear"
+
+
+@pytest.mark.slow
+def test_what_bisect_refuses(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    source = ["--model", f"{_file(bundle)}:build"]
+    base: list[object] = ["bisect", bundle, "--target", "onnx"]
+    refused(capsys, 2, "came from a file", "--model", arguments=base)
+    refused(capsys, 2, "'nowhere'", "random-0", arguments=[*base, *source, "--case", "nowhere"])
+    other = tmp_path / "mutant_model.py"
+    other.write_text(_file(bundle).read_text().replace("manual_seed(7)", "manual_seed(8)"))
+    words = ["weights have sha256", "expected"]
+    refused(capsys, 2, *words, arguments=[*base, "--model", f"{other}:build"])
+    refused(capsys, 2, "'tensor'", arguments=["bisect", bundle, "--target", "tensor", *source])
+    refused(capsys, 2, "does not exist", arguments=["bisect", tmp_path / "x", "--target", "onnx"])
