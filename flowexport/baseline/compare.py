@@ -203,7 +203,7 @@ def _compare_target(
     feeds = bench_feeds(made.inputs, cases[case])
     progress.stage(f"{name}: peak memory")
     memory = {
-        kind: _peak_memory(kind, artifact, feeds, root, threads)
+        kind: peak_memory(kind, artifact, feeds, root, threads)
         for kind, artifact in artifacts.items()
     }
     progress.stage(f"{name}: measure")
@@ -226,9 +226,10 @@ def _compare_target(
     return replace(found, operators=operators, memory=memory)
 
 
-def _peak_memory(
+def peak_memory(
     kind: str, artifact: Artifact, feeds: Mapping[str, np.ndarray], root: Path, threads: int
 ) -> int | None:
+    """Return the extra bytes that a child needs to load an artifact and run it, None if unknown."""
     np.savez(root / "feeds.npz", **feeds)  # type: ignore[arg-type]
     answer = run_child(
         "flowexport.baseline.worker",

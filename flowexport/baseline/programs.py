@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowexport.core.errors import LoweringError
+from flowexport.core.types import TensorSpec
 from flowexport.registry import OPS
 from flowexport.resolve import Subject
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from flowexport.lowering import LoweredProgram
 
@@ -31,7 +33,12 @@ def projections_only(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor
 
 
 def published_program(subject: Subject, path: Path) -> None:
-    """Save the model with each attention as the published equations, in plain torch operators.
+    """Save a subject's module as :func:`save_published` does."""
+    save_published(subject.module, subject.spec.inputs, subject.spec.name, path)
+
+
+def save_published(module: nn.Module, inputs: Sequence[TensorSpec], name: str, path: Path) -> None:
+    """Save a module with each attention as the published equations, in plain torch operators.
 
     ``torch.export`` of the eager module at batch 1, which is what the stock
     exporters do first; none of our passes has seen it.
@@ -44,19 +51,17 @@ def published_program(subject: Subject, path: Path) -> None:
     from flowexport.lowering.replaced import Replaced
 
     functions = {op.overload: op.forms["published"] for op in OPS.working().values()}
-    spec = subject.spec
     example = tuple(
         torch.zeros([int(d) for d in s.static().shape], dtype=getattr(torch, s.dtype))
-        for s in spec.inputs
+        for s in inputs
     )
     try:
         with torch.no_grad():
-            exported = torch.export.export(Replaced(subject.module, functions), example)
+            exported = torch.export.export(Replaced(module, functions), example)
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         raise LoweringError(
-            f"bench {spec.name}: torch.export refused the published form:"
-            f" {type(error).__name__}: {line}"
+            f"bench {name}: torch.export refused the published form: {type(error).__name__}: {line}"
         ) from error
     torch.export.save(exported, path)
 

@@ -111,7 +111,7 @@ def compare_sessions(
         VerificationError: the outputs disagree, or a session cannot run.
     """
     where = f"bench {sessions[OURS].artifact.target} {sessions[OURS].artifact.model}"
-    max_abs, worst = _difference(sessions[BASELINE], sessions[OURS], cases, max_rel, where)
+    max_abs, worst = difference(sessions[BASELINE], sessions[OURS], cases, max_rel, where)
     threads = sessions[OURS].info.threads
     clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
     reports = measure(
@@ -143,13 +143,18 @@ def compare_sessions(
     )
 
 
-def _difference(
+def difference(
     baseline: Session,
     ours: Session,
     cases: Sequence[Mapping[str, np.ndarray]],
     max_rel: float,
     where: str,
 ) -> tuple[float, float]:
+    """Return the largest absolute and relative difference of ours from the baseline.
+
+    Raises:
+        VerificationError: it is above ``max_rel``, or an output is not finite.
+    """
     from flowexport.parity import compare
 
     max_abs = worst = 0.0

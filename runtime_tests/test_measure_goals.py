@@ -1,0 +1,100 @@
+"""``python -m flowexport.measure_goals`` on tiny rows: what it compares, measures and refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flowexport import measure_goals
+from flowexport.core.errors import VerificationError
+from flowexport.measure_goals import ROWS, Row, measure_row
+
+TINY = {
+    "layer": Row("layer", "onnx", 12, 2, 4, wanted=1e-9, rounds=3),
+    "causal": Row("causal", "onnx", 70, 2, 4, wanted=1e9, less_memory=1e-9, rounds=3),
+    "step": Row("step", "onnx", 40, 2, 4, wanted=1e-9, rounds=3),
+    "softmax": Row("softmax", "onnx", 12, 2, 8, wanted=1e-9, rounds=3),
+}
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["softmax", "step", *(pytest.param(k, marks=SLOW) for k in ("layer", "causal"))]
+)
+def test_a_row_compares_then_measures(kind: str) -> None:
+    row = TINY[kind]
+    found = json.loads(json.dumps(measure_row(row)))
+    assert found["name"] == row.name and found["ratio"]["rounds"] == 3
+    assert found["ratio"]["ci_low"] <= found["ratio"]["median"] <= found["ratio"]["ci_high"]
+    assert 0 < found["max_rel"] < 1e-5, "two different programs ran"
+    assert found["reached"] is (kind != "causal")
+    assert (found["limit"] is not None) is (kind == "layer")
+    assert set(found["ms"]) >= {"baseline", "ours"} and min(found["ms"].values()) > 0
+    if kind == "causal":
+        assert found["memory"]["ours_extra_bytes"] > 0 and found["form"].startswith("causal_")
+    text = measure_goals.line(found)
+    assert row.name in text and ("not reached" in text) is (kind == "causal")
+
+
+@pytest.mark.slow  # three LiteRT conversions
+def test_a_litert_row_tells_its_partitions() -> None:
+    found = measure_row(Row("layer", "tflite", 12, 2, 4, wanted=1e-9, rounds=3))
+    assert found["partitions"] == 1 and found["reached"] is True
+
+
+@pytest.mark.parametrize("kind", ["step", pytest.param("layer", marks=SLOW)])
+def test_a_wrong_result_is_refused_before_anything_is_measured(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    target = measure_goals.TARGETS.get("onnx")
+    load = type(target).load
+
+    def wrong(self: Any, artifact: Any, *, threads: int = 1) -> Any:
+        session = load(self, artifact, threads=threads)
+        if not loaded:  # one side only
+            run = session.run
+            session.run = lambda feeds: {n: y + np.float32(0.1) for n, y in run(feeds).items()}
+        loaded.append(session)
+        return session
+
+    monkeypatch.setattr(type(target), "load", wrong)
+    monkeypatch.setattr(measure_goals, "measure", pytest.fail)
+    with pytest.raises(VerificationError, match="no ratio is given"):
+        measure_row(TINY[kind])
+
+
+def test_the_command_measures_the_rows_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        measure_goals, "measure_row", lambda row, *, rounds: {"name": row.name, "rounds": rounds}
+    )
+    arguments = ["--row", "step-onnx-1024", "--row", "layer-tflite-49", "--rounds", "2", "--json"]
+    assert measure_goals.main(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["rows"] == [
+        {"name": "step-onnx-1024", "rounds": 2},
+        {"name": "layer-tflite-49", "rounds": 2},
+    ]
+    assert document["machine"]["cores_logical"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--row", "layer-onx-49"], "layer-onnx-49"), (["--rounds", "1"], "expected 2 or more")],
+)
+def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure_goals.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_names_are_unique_and_every_goal_is_there() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    kinds = {(row.kind, row.target) for row in ROWS}
+    assert kinds >= {("layer", "tflite"), ("causal", "tflite"), ("step", "onnx")}
