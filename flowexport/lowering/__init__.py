@@ -3,13 +3,14 @@
 from flowexport.lowering.ends import add_probabilities, divide_input
 from flowexport.lowering.lengths import forward_name, lower_buckets
 from flowexport.lowering.program import LoweredProgram, decompose, find_attentions, lower
-from flowexport.lowering.specialise import require_static, specialise
+from flowexport.lowering.specialise import check_static, require_static, specialise
 from flowexport.lowering.streaming import StreamingModule, check_streaming, lower_streaming
 
 __all__ = [
     "LoweredProgram",
     "StreamingModule",
     "add_probabilities",
+    "check_static",
     "check_streaming",
     "decompose",
     "divide_input",

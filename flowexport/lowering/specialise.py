@@ -20,12 +20,17 @@ def require_static(program: LoweredProgram, target: str, fix: str) -> None:
     Raises:
         InputError: an input has a named dimension that is not ``batch`` in front.
     """
-    for spec in program.inputs:
+    check_static(program.inputs, f"convert {target} {program.model}", fix)
+
+
+def check_static(inputs: Sequence[TensorSpec], where: str, fix: str) -> None:
+    """Raise InputError for a named dimension that is not ``batch`` in front."""
+    for spec in inputs:
         for axis, size in enumerate(spec.shape):
             if isinstance(size, str) and (axis, size) != (0, "batch"):
                 raise InputError(
-                    f"convert {target} {program.model}: {spec.name} has dynamic dimension"
-                    f" {size!r} (axis {axis}); expected fixed sizes apart from the batch.",
+                    f"{where}: {spec.name} has dynamic dimension {size!r} (axis {axis});"
+                    " expected fixed sizes apart from the batch.",
                     fix=fix,
                 )
 

@@ -40,6 +40,10 @@ _CONVERTERS = {"litert-torch": "litert_torch", "ai-edge-quantizer": "ai_edge_qua
 _RUNTIME = {"ai-edge-litert": "ai_edge_litert"}
 _SIGNATURE = "serving_default"
 _INSTALL = "pip install 'flowexport[tflite]'"
+_LENGTHS = (
+    "give the length in the shape, or several as `buckets: {length: [29, 64]}` in the recipe:"
+    " one signature each"
+)
 
 
 class TFLiteTarget:
@@ -89,10 +93,13 @@ class TFLiteTarget:
             The inputs that the file takes as 8-bit pixels.
 
         Raises:
-            InputError: layout or input_dtype does not fit the inputs.
+            InputError: a dimension other than the batch is dynamic, or layout or
+                input_dtype does not fit the inputs.
         """
         settings = TFLiteOptions.parse(options)
-        end = image_end(spec.inputs, spec.preprocessing, settings, f"convert tflite {spec.name}")
+        where = f"convert tflite {spec.name}"
+        check_static(spec.inputs, where, _LENGTHS)
+        end = image_end(spec.inputs, spec.preprocessing, settings, where)
         return {end.spec.name: end.pixels} if end is not None and end.pixels is not None else {}
 
     def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
@@ -110,12 +117,7 @@ class TFLiteTarget:
             ConversionError: it refused the program, or lost a name or shape.
         """
         settings = TFLiteOptions.parse(options)
-        require_static(
-            program,
-            self.name,
-            "give the length in the shape; one file for several lengths needs one bucket"
-            " (signature) a length",
-        )
+        check_static(program.inputs, f"convert tflite {program.model}", _LENGTHS)
         self._require_converter(program.model)
         where = f"convert tflite {program.model}"
         image = image_end(program.inputs, program.preprocessing, settings, where)
