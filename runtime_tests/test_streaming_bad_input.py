@@ -74,3 +74,22 @@ def test_a_target_asked_for_on_the_command_line_is_refused(
 ) -> None:
     arguments = ["convert", write_recipe(tmp_path), "--target", "tensorrt", "--out", tmp_path / "b"]
     refused(capsys, 2, "target tensorrt cannot carry the state", arguments=arguments)
+
+
+@pytest.mark.parametrize("target", ["tflite", "coreml"])
+def test_a_dynamic_length_is_refused_before_anything_is_lowered(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = ["--input", "x:batchxlengthx12", "--input", "padding_mask:batchxlength"]
+    arguments = ["convert", "japanese-vowels", *shapes, "--target", target, "--out", tmp_path / "b"]
+    words = [f"convert {target}", "x has dynamic dimension 'length' (axis 1)", "bucket"]
+    refused(capsys, 2, *words, arguments=arguments)
+
+
+def test_an_older_system_than_functions_need_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = "  onnx: {}\n  coreml: {deployment_target: iOS16}\ntol"
+    recipe = write_recipe(tmp_path, ("  onnx: {}\ntol", old))
+    words = ["deployment_target is iOS16; expected iOS18", "tiny-stream.yaml:10"]
+    refused(capsys, 2, *words, arguments=["convert", recipe, "--out", tmp_path / "b"])

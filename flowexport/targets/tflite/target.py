@@ -25,7 +25,7 @@ from flowexport.core.types import (
     Session,
     TensorSpec,
 )
-from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
+from flowexport.lowering import LoweredProgram, check_static, decompose, specialise
 from flowexport.lowering.passes import fold_norm_affine, spell_out_norms
 from flowexport.ops.descriptor import AttentionSite, Choice
 from flowexport.ops.installed import installed_ops
