@@ -167,11 +167,15 @@ def _check(
 
 
 def _same(dataset: Dataset, evaluation: Dataset, inputs: Sequence[TensorSpec]) -> bool:
+    """Whether half of the samples or more are the evaluation's."""
+    names = [s.name for s in inputs]
     if dataset.name == evaluation.name:
         return True
-    size = min(len(dataset), len(evaluation))
-    return all(
-        s.name in evaluation.inputs
-        and np.array_equal(dataset.inputs[s.name][:size], evaluation.inputs[s.name][:size])
-        for s in inputs
-    )
+    if not all(name in evaluation.inputs for name in names):
+        return False
+
+    def rows(of: Dataset) -> list[bytes]:
+        return [b"".join(of.inputs[n][i].tobytes() for n in names) for i in range(len(of))]
+
+    known = set(rows(evaluation))
+    return 2 * sum(row in known for row in rows(dataset)) >= len(dataset)
