@@ -305,3 +305,14 @@ def test_a_causal_models_step_goes_along(bundle: Path, tmp_path: Path) -> None:
     step.write_bytes(b"another")
     with pytest.raises(VerificationError, match=r"step\.npz"):
         make_package([copy], tmp_path / "no")
+
+
+def test_a_file_with_an_apps_own_ends_is_refused(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["targets"]["tflite"]["details"]["image"] = {"layout": "nhwc"}
+    write_json(copy / "manifest.json", manifest)
+    with pytest.raises(InputError, match="the tflite file takes the image in another layout"):
+        make_package([copy], tmp_path / "package")
+    assert not (tmp_path / "package").exists()

@@ -152,6 +152,13 @@ class _Model:
                 f" expected one of: {', '.join(formats)}.",
                 fix=f"flowexport convert {name} --target {formats[0]}",
             )
+        for target, artifact in self.artifacts.items():
+            if "image" in artifact.details:  # its ends are an app's own, not the golden cases'
+                raise InputError(
+                    f"{self.where}: the {target} file takes the image in another layout or as 8-bit"
+                    " pixels; expected the model's own tensors, which the demos feed.",
+                    fix="convert without layout, input_dtype and image",
+                )
 
     def write(self) -> dict[str, Any]:
         manifest = self.bundle.manifest
