@@ -245,3 +245,22 @@ def test_quantised_layers_around_the_plugin(
     # The activations of that layer, and of no other, are rounded in the engine.
     names = [layer["name"] for layer in engine.details["layers"]]
     assert sum("Roun" in name for name in names) == (1 if static else 0)
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_a_machine_with_a_gpu_and_no_compiler_converts_and_says_what_mends_it(
+    no_compiler: None, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdk, "gpu_capability", lambda: "89")
+    extra = {"check_rebuild": False, "compute_capabilities": ["8.9"]}
+    out = tmp_path / "out"
+    out.mkdir()
+    engine = TARGET.convert(programs.program(model, "net"), Options(extra=extra), out)
+    assert engine.form.startswith("decomposed: ") and engine.fusions == {"FlowAttention": 0}
+    (note,) = engine.details["notes"]
+    assert "no nvcc" in note and "pip install 'flowexport[kernel]'" in note
+    assert not engine.details["plugin"]["used"] and "no nvcc" in engine.details["plugin"]["reason"]
+    insists = Options(extra={**extra, "plugin": True})
+    with pytest.raises(UnavailableError, match="the GPU here needs the plugin's kernel"):
+        TARGET.convert(programs.program(model, "net"), insists, tmp_path)
