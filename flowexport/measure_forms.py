@@ -4,7 +4,8 @@ One attention layer with its projections is converted in each form and all of
 them run interleaved on one thread. Times are CPU time of the calling thread;
 absolute values are the machine's, the ratios to the published form are used.
 ``--write`` puts the measured rows into the table that
-:func:`flowexport.ops.flow_attention.table.choose` reads.
+:func:`flowexport.ops.flow_attention.table.choose` reads; ``--chosen`` measures
+nothing and prints what that table gives each target, size and precision, and why.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="CPU time a form")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write", action="store_true", help="put the rows into the table")
+    parser.add_argument("--chosen", action="store_true", help="print the choices and end")
     options = parser.parse_args(arguments)
     try:
+        if options.chosen:
+            _print_chosen(chosen_forms(), as_json=options.json)
+            return 0
         if options.target not in TARGETS:
             raise UnknownNameError("target", options.target, TARGETS, where="measure forms")
         sizes = CAUSAL if options.causal else STAGES
@@ -193,6 +199,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def chosen_forms() -> list[dict[str, Any]]:
+    """Return what the table gives every registered target at the measured sizes.
+
+    Returns:
+        Rows of target, precision, variant, tokens, heads, width, form and reason.
+    """
+    from flowexport.ops.descriptor import AttentionSite
+    from flowexport.ops.flow_attention import VARIANTS, op_arguments
+    from flowexport.ops.flow_attention.table import choose
+    from flowexport.registry import TARGETS as REGISTERED
+
+    result = []
+    for target in REGISTERED.names():
+        for variant, sizes in (("vision", STAGES), ("causal", CAUSAL)):
+            for (tokens, heads, width), precision in product(sizes, ("fp32", "fp16")):
+                shape = (1, tokens, heads, width)
+                arguments = op_arguments(VARIANTS[variant])
+                site = AttentionSite("FlowAttention", "", shape, shape, shape, arguments)
+                choice = choose(target, precision, site)
+                row: dict[str, Any] = {"target": target, "precision": precision}
+                row |= {"variant": variant, "tokens": tokens, "heads": heads, "width": width}
+                result.append({**row, "form": choice.form, "reason": choice.reason})
+    return result
+
+
+def _print_chosen(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"rows": rows}, indent=1))
+        return
+    for row in rows:
+        print(
+            f"{row['target']:<9}{row['precision']:<6}{row['variant']:<8}{row['tokens']:>5} x"
+            f" {row['heads']:>2} x {row['width']:<4}{row['form']:<25}{row['reason']}"
+        )
 
 
 def _print(stage: Mapping[str, Any]) -> None:

@@ -71,3 +71,16 @@ def test_written_rows_replace_those_of_the_same_size(
         assert table.choose("onnx", "fp32", site(60, 2, 8, "vision")).form == "published"
     finally:
         table.rows.cache_clear()
+
+
+def test_the_choices_print_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
+    from flowexport import measure_forms
+
+    assert measure_forms.main(["--chosen", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    sizes = len(measure_forms.STAGES) + len(measure_forms.CAUSAL)
+    targets = {r["target"] for r in rows}
+    assert targets >= {"onnx", "tflite", "coreml", "tensorrt"}
+    assert len(rows) == len(targets) * sizes * 2 and all(r["reason"] for r in rows)
+    assert measure_forms.main(["--chosen"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
