@@ -258,8 +258,8 @@ def test_a_machine_with_a_gpu_and_no_compiler_converts_and_says_what_mends_it(
     out.mkdir()
     engine = TARGET.convert(programs.program(model, "net"), Options(extra=extra), out)
     assert engine.form.startswith("decomposed: ") and engine.fusions == {"FlowAttention": 0}
-    (note,) = engine.details["notes"]
-    assert "no nvcc" in note and "pip install 'flowexport[kernel]'" in note
+    (warning,) = engine.details["warnings"]
+    assert "no nvcc" in warning and "pip install 'flowexport[kernel]'" in warning
     assert not engine.details["plugin"]["used"] and "no nvcc" in engine.details["plugin"]["reason"]
     insists = Options(extra={**extra, "plugin": True})
     with pytest.raises(UnavailableError, match="the GPU here needs the plugin's kernel"):

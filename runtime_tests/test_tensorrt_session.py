@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from tensorrt_fakes import COPY_MS, ENGINE_MS, FakeDevice, FakeEngine, runtime_module
 
+from flowexport.bench import measure
 from flowexport.core.errors import BundleError, InputError, UnavailableError, VerificationError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.reports import Tolerance
@@ -95,6 +97,17 @@ def test_times_are_the_devices_and_transfers_stand_apart(
         assert times["host_to_device"]["p50"] == times["device_to_host"]["p50"] == COPY_MS
         assert info.details["gpu_state"] == {"clock_sm_mhz": 1980, "temperature_c": 45}
         assert info.label == "TensorRT 10.9.0" and info.details["gpu"] == "Fake GPU"
+
+
+def test_a_measurement_keeps_the_gpus_own_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Bench(tmp_path, monkeypatch).open() as session:
+        found = measure({"tensorrt": session}, sample(1), warmup=2, min_runs=5, min_seconds=0)
+    kept = json.loads(json.dumps(found["tensorrt"].to_json()))["runtime_info"]["details"]
+    assert kept["cuda_events_ms"]["engine"]["p50"] == ENGINE_MS
+    assert kept["cuda_events_ms"]["runs"] == 6  # all but the one that prepared
+    assert kept["gpu_state"]["temperature_c"] == 45
 
 
 def test_without_graphs_it_launches_plainly_and_says_so(

@@ -279,7 +279,7 @@ def test_two_variants_keep_their_own_bodies(tmp_path: Path) -> None:
     assert mixed.form == "decomposed: published"
     assert "custom_layer" not in mixed.details["layer_types"]
     off = {"used": False, "reason": "switched off (--no-plugin)", "fix": None}
-    assert mixed.details["plugin"] == off and "notes" not in mixed.details, "it was asked for"
+    assert mixed.details["plugin"] == off and "warnings" not in mixed.details, "it was asked for"
     # φ of the second attention is relu, of its q and its k; the first has none.
     assert names.count("Relu") == 2
     assert mixed.fusions == {"FlowAttention": 0}

@@ -104,7 +104,7 @@ def _document(result: Result) -> dict[str, Any]:
         keys = ("path", "sha256", "size_bytes", "precision", "form", "fusions")
         targets[name] = {
             **{k: entry.get(k) for k in keys},
-            "notes": _notes(entry),
+            "warnings": _warnings(entry),
             **(result.parity[name].summary() if name in result.parity else {}),
             "latency": result.latency[name].summary() if name in result.latency else None,
         }
@@ -118,9 +118,9 @@ def _document(result: Result) -> dict[str, Any]:
     }
 
 
-def _notes(entry: Mapping[str, Any]) -> list[str]:
+def _warnings(entry: Mapping[str, Any]) -> list[str]:
     """Return what a target did otherwise than asked, and what mends it."""
-    return list(entry.get("details", {}).get("notes", ()))
+    return list(entry.get("details", {}).get("warnings", ()))
 
 
 def _print_result(result: Result) -> None:
@@ -131,8 +131,8 @@ def _print_result(result: Result) -> None:
     title = f"{result.manifest['name']}: {result.verdict.value}"
     console.print(summary_table(result.parity, result.latency, sizes, title=title))
     for name, entry in result.manifest["targets"].items():
-        for note in _notes(entry):
-            console.print(f"note: {name}: {note}", markup=False, soft_wrap=True)
+        for text in _warnings(entry):
+            console.print(f"warning: {name}: {text}", markup=False, soft_wrap=True)
     console.print(f"bundle: {result.bundle}", markup=False, soft_wrap=True)
     console.print(f"report: {result.bundle / 'report.html'}", markup=False, soft_wrap=True)
 

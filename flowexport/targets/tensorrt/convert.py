@@ -142,7 +142,7 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
         "deterministic_reason": reason,
     }
     if not decision.plugin and decision.fix:
-        details["notes"] = [f"{decision.reason} Built without the plugin. Fix: {decision.fix}"]
+        details["warnings"] = [f"{decision.reason} Built without the plugin. Fix: {decision.fix}"]
     fusions = dict.fromkeys(source.fusions, 0)
     form = source.form
     if plugin is not None:
