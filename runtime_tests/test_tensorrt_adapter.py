@@ -14,10 +14,9 @@ from tensorrt_fakes import FLAGS, FakeConfig, FakeContext, FakeEngine, FullTenso
 from flowexport.core.errors import InputError
 from flowexport.core.steps import last_step
 from flowexport.core.types import Options
-from flowexport.targets.tensorrt import build, sdk
+from flowexport.targets.tensorrt import TARGET, build, sdk
 from flowexport.targets.tensorrt.adapter import RtxAdapter
 from flowexport.targets.tensorrt.builder import Request, _to_json
-from flowexport.targets.tensorrt.options import TensorRTOptions
 
 PROFILES = [{"x": [[1, 3], [2, 3], [4, 3]]}, {"x": [[5, 3], [8, 3], [16, 3]]}]
 
@@ -121,25 +120,24 @@ def test_rtx_refuses_a_capability_it_does_not_know() -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "asked"),
+    "extra",
     [
-        ({}, []),
-        ({"hardware_compatibility": "none", "refit": False}, []),
-        ({"refit": True}, ["refit"]),
-        ({"version_compatible": True, "refit": True}, ["version_compatible", "refit"]),
+        {"refit": True},
+        {"version_compatible": True},
+        {"hardware_compatibility": "ampere_plus"},
+        {"timing_cache": "tactics.cache"},
     ],
 )
-def test_what_only_full_tensorrt_has_is_known(extra: dict[str, Any], asked: list[str]) -> None:
-    assert TensorRTOptions.parse(Options(extra=extra)).asked_of_full() == asked
-
-
-def test_rtx_does_not_take_an_option_of_full_tensorrt(tmp_path: Path) -> None:
-    from flowexport.targets.tensorrt.convert import convert
-
-    program = SimpleNamespace(inputs=(), model="net", attentions=())
-    with pytest.raises(InputError, match="refit is asked for; TensorRT-RTX does not have it"):
-        convert(program, Options(extra={"refit": True}), tmp_path, sdk.SDK("tensorrt_rtx", "1"))  # type: ignore[arg-type]
-    assert list(tmp_path.iterdir()) == []
+def test_rtx_does_not_take_an_option_of_full_tensorrt(
+    extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = sdk.SDK("tensorrt_rtx", "1")
+    monkeypatch.setattr(sdk, "find", lambda gpu: library)
+    with pytest.raises(InputError, match=f"{next(iter(extra))} is asked for; TensorRT-RTX does"):
+        TARGET.validate(Options(extra=extra))
+    TARGET.validate(Options(extra={"hardware_compatibility": "none", "refit": False}))
+    library = sdk.SDK("tensorrt", "11")
+    TARGET.validate(Options(extra=extra))
 
 
 def test_the_doubles_have_no_name_that_the_real_interface_lacks() -> None:

@@ -88,11 +88,7 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
     settings = TensorRTOptions.parse(options)
     profiles = settings.shapes(program.inputs, program.model)
     where = f"convert tensorrt {program.model}"
-    if library.rtx and (asked := settings.asked_of_full()):
-        raise InputError(
-            f"{where}: {asked[0]} is asked for; TensorRT-RTX does not have it.",
-            fix="pip install 'flowexport[tensorrt-full]' on a machine with a GPU",
-        )
+    settings.check_library(library)
     decision = decide(program, settings, sdk.gpu_capability())
     path = out / f"{program.model}.engine"
     with tempfile.TemporaryDirectory(prefix=".tensorrt-", dir=out) as folder:

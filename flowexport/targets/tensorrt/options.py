@@ -12,6 +12,7 @@ from flowexport.core.types import Options, TensorSpec
 from flowexport.targets.onnx.options import KEYS as ONNX_KEYS
 from flowexport.targets.onnx.options import OnnxOptions
 from flowexport.targets.tensorrt.adapter import HARDWARE
+from flowexport.targets.tensorrt.sdk import SDK
 
 # RTX also knows 7.5, which refuses float32 matrix products, and 12.1.
 DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
@@ -88,9 +89,14 @@ class TensorRTOptions:
             )
         return settings
 
-    def asked_of_full(self) -> list[str]:
-        """Return the options in use that only full TensorRT has."""
-        return [k for k in FULL_ONLY if getattr(self, k) not in (None, False, "none")]
+    def check_library(self, library: SDK) -> None:
+        """Raise InputError where an option is full TensorRT's and the library is not."""
+        asked = [k for k in FULL_ONLY if getattr(self, k) not in (None, False, "none")]
+        if library.rtx and asked:
+            raise InputError(
+                f"tensorrt: {asked[0]} is asked for; {library.label} does not have it.",
+                fix="pip install 'flowexport[tensorrt-full]' on a machine with a GPU",
+            )
 
     def shapes(self, specs: tuple[TensorSpec, ...], model: str) -> list[dict[str, list[list[int]]]]:
         """Return one mapping a profile: minimum, optimum and maximum shape of each dynamic input.

@@ -51,8 +51,10 @@ class TensorRTTarget:
         return Availability(True, True, toolchain)
 
     def validate(self, options: Options) -> None:
-        """Raise InputError or UnknownNameError unless the options are TensorRT's."""
-        TensorRTOptions.parse(options)
+        """Raise InputError or UnknownNameError unless the library here has these options."""
+        settings = TensorRTOptions.parse(options)
+        if (library := sdk.find(gpu=sdk.driver_problem() is None)) is not None:
+            settings.check_library(library)
 
     def convert(self, program: LoweredProgram, options: Options, out: Path) -> Artifact:
         """Write ``<model>.engine`` and ``<model>.layers.json``.
