@@ -79,6 +79,24 @@ def test_damaged_artifact(bundle: Path, capsys: Capture, damage: str) -> None:
     assert err.startswith("error: verify onnx: ") and reason in err
 
 
+def test_bench_runs_no_bytes_that_the_manifest_does_not_vouch_for(
+    bundle: Path, capsys: Capture
+) -> None:
+    path = artifact(bundle)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert run(["bench", str(bundle), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["targets"]["onnx"]
+    assert "sha256" in told["not_run"] and told["iterations"] == 0
+    path.unlink()
+    assert run(["bench", str(bundle), "--json"]) == 0
+    assert "is missing" in json.loads(capsys.readouterr().out)["targets"]["onnx"]["not_run"]
+
+
+def test_an_edited_tolerance_is_refused(bundle: Path, capsys: Capture) -> None:
+    edit(bundle / "manifest.json", lambda m: m["targets"]["onnx"]["tolerance"].update(max_rel=1.0))
+    refused(capsys, 2, "max_rel 1.0", "expected 1e-05", arguments=["verify", bundle])
+
+
 def test_changed_weights_with_a_matching_hash_fail_by_the_numbers(
     bundle: Path, capsys: Capture
 ) -> None:
