@@ -230,7 +230,28 @@ def _static(
                 "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
             },
         )
-        return onnx.load(path), {"dataset": name, "samples": count}
+        quantised = onnx.load(path)
+    _round_for(quantised, nodes)
+    return quantised, {"dataset": name, "samples": count}
+
+
+def _round_for(model: ModelProto, nodes: Sequence[str]) -> None:
+    """Let only these nodes read rounded activations.
+
+    The quantizer gives every reader of a tensor the rounded one: a layer that is
+    kept in float beside an integer one, the residual stream, a norm.
+    """
+    producers = {o: n for n in model.graph.node for o in n.output}
+    for node in model.graph.node:
+        if node.name in nodes or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for i, name in enumerate(node.input):
+            widened = producers.get(name)
+            if widened is None or widened.op_type != "DequantizeLinear":
+                continue
+            rounded = producers.get(widened.input[0])
+            if rounded is not None and rounded.op_type == "QuantizeLinear":
+                node.input[i] = rounded.input[0]
 
 
 def _safe_ranges(model: ModelProto, nodes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
