@@ -324,6 +324,66 @@ def test_image_of_a_model_with_two_inputs_is_refused(tmp_path: Path) -> None:
         TARGET.convert(layer_program("vision"), Options(extra={"image": True}), tmp_path)
 
 
+# The layout of the Neural Engine.
+
+
+class Blocks(nn.Module):
+    """What the layout rewrites: position, norm, linear, GELU, residual, attention, pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed = nn.Conv2d(3, 8, 2, stride=2)
+        self.position = nn.Parameter(torch.randn(1, 12, 8))
+        self.norm, self.last = nn.LayerNorm(8, eps=1e-6), nn.LayerNorm(8, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8, bias=False)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.embed(image).flatten(2).transpose(1, 2) + self.position
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 4)).unbind(2)
+        x = x + self.out(flow_attention(q, k, v, VARIANTS["vision"]).flatten(2))
+        x = x + 0.5 * self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return self.last(x).mean(1)
+
+
+def test_neural_engine_layout_computes_the_same(tmp_path: Path) -> None:
+    spec = TensorSpec("image", ("batch", 3, 8, 6))
+    program = lower(Blocks().eval(), [spec], ["y"], name="blocks", ops=installed_ops())
+    image = RNG.normal(size=(1, 3, 8, 6)).astype(np.float32)
+    with torch.no_grad():
+        want = Blocks().eval().double()(torch.from_numpy(image).double()).numpy()
+    operators = {}
+    for layout in ("tokens", "ane"):
+        options = Options(extra={"layout": layout})
+        artifact = TARGET.convert(program, options, tmp_path / layout)
+        got = Interpreter(artifact.path).run({"image": image})["y"]
+        assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max(), layout
+        operators[layout] = artifact.details["operators"]
+    # Every linear layer over tokens is a convolution; the patches' own one stays.
+    assert operators["tokens"]["conv"] == 1 and operators["tokens"]["linear"] >= 4
+    assert operators["ane"]["conv"] == 1 + operators["tokens"]["linear"]
+    assert "linear" not in operators["ane"] and "layer_norm" not in operators["ane"]
+
+
+def test_scale_and_shift_are_not_written_as_a_batch_norm(tmp_path: Path) -> None:
+    class Affine(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            column = torch.arange(1.0, 5.0)[:, None, None]
+            return x * column + column
+
+    spec = TensorSpec("x", ("batch", 4, 3, 2))
+    program = lower(Affine(), [spec], ["y"], name="affine", ops=())
+    artifact = TARGET.convert(program, Options(), tmp_path)
+    x = RNG.normal(size=(1, 4, 3, 2)).astype(np.float32)
+    column = np.arange(1.0, 5.0)[:, None, None]
+    # coremltools' own pass makes it a batch norm with ε = 1e-5, which is 5e-6 off.
+    np.testing.assert_allclose(
+        Interpreter(artifact.path).run({"x": x})["y"], x * column + column, rtol=1e-6, atol=1e-6
+    )
+    assert "batch_norm" not in artifact.details["operators"]
+
+
 # Flexible lengths.
 
 

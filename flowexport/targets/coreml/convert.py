@@ -197,10 +197,12 @@ def to_package(
     ]
     if keep_fp32:
         compute = ct.transform.FP16ComputePrecision(op_selector=half_selector(keep_fp32, places))
-    more: dict[str, Any] = {}
+    pipeline = ct.PassPipeline.DEFAULT
+    # It writes x * a + b as a batch norm of variance 1 and ε = 1e-5: 5e-6 too small.
+    pipeline.remove_passes({"common::fuse_elementwise_to_batchnorm"})
+    more: dict[str, Any] = {"pass_pipeline": pipeline}
     if classes:
-        more["pass_pipeline"] = ct.PassPipeline.DEFAULT
-        more["pass_pipeline"].append_pass(_forget_output_types())
+        pipeline.append_pass(_forget_output_types())
         more["classifier_config"] = ct.ClassifierConfig(
             list(classes), predicted_feature_name=LABEL, predicted_probabilities_output=SOFTMAX
         )

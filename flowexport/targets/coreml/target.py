@@ -28,7 +28,13 @@ from flowexport.core.types import (
     TensorSpec,
     float_precision,
 )
-from flowexport.lowering import LoweredProgram, decompose, require_static, specialise
+from flowexport.lowering import (
+    LoweredProgram,
+    check_static,
+    decompose,
+    image_like,
+    specialise,
+)
 from flowexport.lowering.quantisation import Quantisation
 from flowexport.ops.descriptor import Choice
 from flowexport.ops.installed import installed_ops
@@ -57,6 +63,11 @@ from flowexport.targets.coreml.stateful import (
 MAC_SCRIPT = "verify_on_mac.py"
 """Lies beside the package: runs it on a Mac, without flowexport."""
 _INSTALL = "pip install 'flowexport[coreml]'"
+
+_ONE_LENGTH = (
+    "give the length in the shape, one bucket (function) a length, or a range:"
+    " `flexible: {NAME: {range: [8, 64]}}`"
+)
 
 
 class CoreMLTarget:
@@ -102,6 +113,8 @@ class CoreMLTarget:
         settings.system(where, *settings.held(spec.inputs, several))
         if settings.flexible:
             check_flexible(spec.inputs, settings.flexible, where)
+        else:
+            check_static(spec.inputs, where, _ONE_LENGTH)
         require_dtypes(spec.inputs, where)
         if settings.stateful and not several:
             raise InputError(
@@ -127,12 +140,7 @@ class CoreMLTarget:
         if settings.flexible:
             check_flexible(program.inputs, settings.flexible, where)
         else:
-            require_static(
-                program,
-                self.name,
-                "give the length in the shape, one bucket (function) a length, or a range:"
-                " `flexible: {NAME: {range: [8, 64]}}`",
-            )
+            check_static(program.inputs, where, _ONE_LENGTH)
         require_dtypes(program.inputs, where)
         system = settings.system(where, *settings.held(program.inputs, bool(program.functions)))
         self._require_converter(program.model)
@@ -338,6 +346,8 @@ class _Part:
         """Decompose, convert and save a static program."""
         ops = installed_ops()
         plain, choices = decompose(program, "coreml", ops, pinned=settings.form)
+        if settings.layout == "ane":
+            plain = replace(plain, exported=image_like(plain.exported))
         return cls.save(plain, choices, options, settings, system, path)
 
     @classmethod
