@@ -57,8 +57,23 @@ def test_no_nvcc(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    with pytest.raises(UnavailableError, match="no nvcc"):
+    monkeypatch.setattr(build, "packaged_toolkits", list)
+    with pytest.raises(UnavailableError, match=r"no nvcc.*flowexport\[kernel\]"):
         build.build_cuda(("90",), tmp_path)
+
+
+def test_nvcc_from_pypi_is_found(tmp_path, monkeypatch):
+    """The packages of the extra `kernel` put a toolkit into site-packages/nvidia/cu13."""
+    tool = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "nvidia")]})
+    monkeypatch.setattr(build, "find_spec", lambda name: spec)
+    assert build.nvcc() == str(tool)
 
 
 def test_the_hash_follows_the_source(tmp_path, monkeypatch):
