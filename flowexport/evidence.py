@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +193,11 @@ def bench_all(
         if stream is not None and artifacts[name].functions and reports[name].not_run is None:
             times = _bench_steps(artifacts[name], stream, settings, threads)
             reports[name] = replace(reports[name], steps=times)
+    buckets = saved_buckets(root, manifest, None)
+    for name in sessions:
+        if buckets and reports[name].not_run is None:
+            lengths = _bench_lengths(artifacts[name], buckets, settings, threads)
+            reports[name] = replace(reports[name], lengths=lengths)
     return {name: reports[name] for name in artifacts}
 
 
@@ -210,6 +215,27 @@ def _changed(artifact: Artifact) -> str | None:
                 f" the manifest has {part.sha256[:12]}…."
             )
     return None
+
+
+def _bench_lengths(
+    artifact: Artifact, buckets: Sequence[Bucket], settings: Mapping[str, Any], threads: int
+) -> dict[str, tuple[float, ...]]:
+    """Return the run times of each shorter length in milliseconds."""
+    from flowexport.bench import bench_feeds, measure
+
+    times = {}
+    for bucket in buckets:
+        function, golden = artifact.function(bucket.function), bucket.golden
+        with TARGETS.get(artifact.target).load(function, threads=threads) as session:
+            found = measure(
+                {bucket.function: session},
+                bench_feeds(function.inputs, golden.cases[bench_case(golden)]),
+                warmup=settings["warmup"],
+                min_runs=settings["min_runs"],
+                min_seconds=settings["min_seconds"],
+            )
+        times[bucket.function] = found[bucket.function].samples_ms
+    return times
 
 
 def _bench_steps(

@@ -72,6 +72,9 @@ def test_manifest_and_report_tell_every_length(result: Any) -> None:
     assert report.verdict is Verdict.PASS, report.reason
     names = {c.case for c in report.cases}
     assert {"random-1", "forward_5/random-1", "forward_5/one-step", "forward_5/batch-3"} <= names
+    times = result.latency["onnx"]
+    assert list(times.lengths) == ["forward_5"] and len(times.lengths["forward_5"]) >= 3
+    assert type(times).from_json(times.to_json()) == times
     again = flowexport.verify(result.bundle).parity["onnx"]
     assert again.verdict is Verdict.PASS and {c.case for c in again.cases} == names
 
@@ -222,7 +225,13 @@ def test_the_page_shows_each_length_and_what_padding_changes() -> None:
     counts = {"samples": 245, "correct": 241, "agreement": 245}
     bucket = {"function": "forward_16", "length": 16, **counts}
     bucket |= {"longest_correct": 242, "longest_agreement": 244}
-    targets = [{"name": "onnx", "parity": {"buckets": [bucket]}}, {"name": "coreml", "parity": {}}]
+    times = {"lengths": {"forward_16": [3.0, 1.0, 2.0]}}
+    targets = [
+        {"name": "onnx", "parity": {"buckets": [bucket]}, "latency": times},
+        {"name": "tflite", "parity": {"buckets": [bucket]}, "latency": {}},
+        {"name": "coreml", "parity": {}, "latency": {}},
+    ]
     entry = {"dimension": "length", "lengths": [16, 29]}
-    assert lengths(targets, {"buckets": entry}) == {**entry, "rows": [{"name": "onnx", **bucket}]}
+    rows = [{"name": "onnx", **bucket, "ms": 2.0}, {"name": "tflite", **bucket, "ms": None}]
+    assert lengths(targets, {"buckets": entry}) == {**entry, "rows": rows}
     assert lengths(targets, {"buckets": None}) is None

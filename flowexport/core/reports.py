@@ -268,6 +268,7 @@ class LatencyReport:
         together_with: targets measured in the same rounds.
         input_shapes: of the measured feeds.
         steps: run times of a causal artifact's steps; None elsewhere.
+        lengths: those of a bucketed artifact's shorter functions, by name, in milliseconds.
     """
 
     target: str
@@ -281,6 +282,7 @@ class LatencyReport:
     together_with: tuple[str, ...] = ()
     input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     steps: StepTimes | None = None
+    lengths: Mapping[str, Sequence[float]] = field(default_factory=dict)
     not_run: str | None = None
     fix: str | None = None
 
@@ -335,6 +337,7 @@ class LatencyReport:
             "input_shapes": {k: list(v) for k, v in self.input_shapes.items()},
             "samples_ms": list(self.samples_ms),
             "steps": None if self.steps is None else self.steps.to_json(),
+            "lengths": {name: list(samples) for name, samples in self.lengths.items()},
         }
 
     @classmethod
@@ -351,6 +354,7 @@ class LatencyReport:
             together_with=tuple(data["together_with"]),
             input_shapes=data["input_shapes"],
             steps=StepTimes.from_json(data["steps"]) if data.get("steps") else None,
+            lengths={n: tuple(v) for n, v in (data.get("lengths") or {}).items()},
             not_run=data["not_run"],
             fix=data["fix"],
         )

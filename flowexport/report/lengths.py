@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 
@@ -14,8 +15,13 @@ def lengths(
     if not entry or len(entry["lengths"]) < 2:
         return None
     rows = [
-        {"name": target["name"], **bucket}
+        {"name": target["name"], **bucket, "ms": _median(target, bucket["function"])}
         for target in targets
         for bucket in target["parity"].get("buckets") or ()
     ]
     return {**entry, "rows": rows}
+
+
+def _median(target: Mapping[str, Any], function: str) -> float | None:
+    samples = target["latency"].get("lengths", {}).get(function)
+    return median(samples) if samples else None
