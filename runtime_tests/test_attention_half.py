@@ -8,7 +8,7 @@ import torch
 from flowexport.ops.flow_attention import VARIANTS, flow_attention_reference, op_arguments
 from flowexport.ops.flow_attention.causal import causal_chunked
 from flowexport.ops.flow_attention.causal_half import causal_means, running_mean
-from flowexport.ops.flow_attention.half import means
+from flowexport.ops.flow_attention.half import as_dynamic, means
 
 BOUND = 3e-3  # of the largest output; six ulps of half
 
@@ -134,3 +134,27 @@ def test_running_mean(length: int) -> None:
     torch.testing.assert_close(running_mean(x), truth, rtol=0, atol=1e-14)
     half = running_mean(x.half()).double()
     assert ((half - truth).abs().max() / truth.abs().max()).item() <= BOUND
+
+
+@pytest.mark.parametrize("name", ["standard", "vision", "timeseries"])
+@pytest.mark.parametrize("tokens", [16384, 65536])
+def test_one_stage_of_a_dynamic_length_is_enough_with_a_float32_accumulator(
+    name: str, tokens: int
+) -> None:
+    q, k, v = tensors(tokens, 64)
+    v = v + 0.25
+    arguments = op_arguments(VARIANTS[name])
+    truth = flow_attention_reference(q.double(), k.double(), v.double(), VARIANTS[name])
+    with as_dynamic():
+        result = means(q, k, v, *arguments)
+    assert result.isfinite().all()
+    assert ((result.double() - truth).abs().max() / truth.abs().max()).item() <= BOUND
+
+
+def test_dynamic_length_computes_the_same() -> None:
+    x = torch.randn(2, 70, 3, 5, dtype=torch.float64)
+    for form, name in ((means, "vision"), (means, "lra"), (causal_means, "nlp")):
+        arguments = op_arguments(VARIANTS[name])
+        with as_dynamic():
+            result = form(x, x.flip(1), x, *arguments)
+        torch.testing.assert_close(result, form(x, x.flip(1), x, *arguments), rtol=0, atol=1e-12)

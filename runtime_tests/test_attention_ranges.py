@@ -95,6 +95,20 @@ def test_range_of_a_tensor() -> None:
     assert (r.mean, r.std, r.low, r.high) == (2.0, 1.0, 1.0, 3.0)
 
 
+def test_sums_in_half_are_safe_in_two_stages_and_not_in_one() -> None:
+    """A dynamic length takes one stage, and the check runs that."""
+    static = site(12544, 8)
+    dynamic = AttentionSite(
+        "FlowAttention", "a", *[("batch", "length", 2, 8)] * 3, op_arguments(VARIANTS["vision"])
+    )
+    inputs = logits(12544, 8)
+    assert check_site(static, *inputs, "means", "fp16_acc16").safe
+    assert not check_site(dynamic, *inputs, "means", "fp16_acc16").safe
+    for arithmetic in ("fp16", "fp16_ftz", "bf16"):
+        assert check_site(dynamic, *inputs, "means", arithmetic).safe
+    assert not check_site(static, *inputs, "channel_first", "fp16_acc16").safe
+
+
 def test_unknown_names_are_told() -> None:
     with pytest.raises(UnknownNameError, match="unknown form"):
         check_site(site(4, 2), *logits(4, 2), "fast", "fp16")

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowexport.ops.flow_attention.causal import CHUNK, prepare_causal
-from flowexport.ops.flow_attention.half import scaled
+from flowexport.ops.flow_attention.half import fixed
+from flowexport.ops.flow_attention.noncausal import scaled
 from flowexport.ops.flow_attention.variant import FlowVariant
 
 # ln of half's smallest normal and largest number lie at -9.7 and 11.09, 20.8 apart:
@@ -48,8 +49,8 @@ def causal_means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     tokens would vanish.
 
     Memory B·H·L·(64 + D·M/64), linear in L. A dynamic length takes one chunk:
-    memory B·H·L², sums of L terms (of size 1/n each), right in a float32
-    accumulator, which half GEMMs have on GPUs.
+    memory B·H·L², sums of L terms in one stage, with the bound that
+    :func:`flowexport.ops.flow_attention.half.token_mean` tells.
 
     Args:
         q: logits (B, L, H, D). k: (B, L, H, D). v: (B, L, H, M).
@@ -104,7 +105,7 @@ class _Chunks:
     """
 
     def __init__(self, length: Any, like: Tensor) -> None:
-        static = isinstance(length, int)
+        static = fixed(length)
         self.length = length
         self.size = max(1, min(length, CHUNK)) if static else length
         self.count = -(-length // self.size) if static else 1

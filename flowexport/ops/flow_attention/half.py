@@ -15,15 +15,18 @@ which is exact algebra: no ε is dropped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowexport.ops.flow_attention.noncausal import (
     prepare,
     scaled,
     sink_source_ratio,
-    token_count,
     weights,
 )
 from flowexport.ops.flow_attention.reference import feature_map
@@ -53,14 +56,35 @@ def chunks(size: int) -> list[tuple[int, int, int]]:
     return runs
 
 
+_AS_DYNAMIC: ContextVar[bool] = ContextVar("flow_attention_as_dynamic", default=False)
+
+
+@contextmanager
+def as_dynamic() -> Iterator[None]:
+    """Compute the forms inside as a graph of dynamic length does, to check that one."""
+    token = _AS_DYNAMIC.set(True)
+    try:
+        yield
+    finally:
+        _AS_DYNAMIC.reset(token)
+
+
+def fixed(size: Any) -> bool:
+    """Whether a length is a number that the graph may be built on."""
+    return isinstance(size, int) and not _AS_DYNAMIC.get()
+
+
 def token_mean(x: Tensor, scale: float = 1.0) -> Tensor:
     """Return scale · mean over the tokens, (B, H, N, D) -> (B, H, 1, D), in two stages.
 
-    ``scale`` is applied between the stages. A dynamic N takes one stage: exact
-    in a float32 accumulator, which half GEMMs and reductions have on GPUs.
+    ``scale`` is applied between the stages. A dynamic N takes one stage (torch.export
+    proves no split of it). In a float32 accumulator that is enough: its error is at most
+    (N − 1) 2⁻²⁴ of the mean of the magnitudes (Higham, *Accuracy and Stability*, 4.2), below
+    four of half's units of 2⁻¹⁰ for N up to 65,536, and √N 2⁻²⁴ at random. In a half
+    accumulator it is not: a sum stops growing at 2,048. The range check tells it.
     """
     size = x.shape[2]
-    if not isinstance(size, int):
+    if not fixed(size):
         return scaled(x.mean(dim=2, keepdim=True), scale)
     result = None
     for start, count, length in chunks(size):
@@ -82,8 +106,9 @@ def outer_mean(k: Tensor, v: Tensor) -> Tensor:
     Both factors carry half of each chunk's 1/n, so no product leaves half's range.
     """
     size = k.shape[2]
-    if not isinstance(size, int):
-        root = (k.new_ones(1) / token_count(k, 2)).sqrt()
+    if not fixed(size):
+        count = _tokens(k)
+        root = (torch.ones_like(count) / count).sqrt().to(k.dtype)
         return (k * root).transpose(2, 3) @ (v * root)
     result = None
     for start, count, length in chunks(size):
@@ -102,10 +127,29 @@ def outer_mean(k: Tensor, v: Tensor) -> Tensor:
     return result
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """Return N of (B, H, N, D) as a (1, 1, 1, 1) tensor of at least float32.
+
+    Half ends at 65,504. Summed from ones, as :func:`token_count` does it.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.ones_like(x[:1, :1, :, :1], dtype=wide).sum(dim=2, keepdim=True)
+
+
 def _share(x: Tensor) -> float | Tensor:
     """Return 1 / N of (B, H, N, D)."""
-    size = x.shape[2]
-    return 1 / size if isinstance(size, int) else x.new_ones(1) / token_count(x, 2)
+    if fixed(x.shape[2]):
+        return 1 / x.shape[2]
+    count = _tokens(x)
+    return (torch.ones_like(count) / count).to(x.dtype)
+
+
+def _ratio(sinks: Tensor, sources: Tensor) -> float | Tensor:
+    """Return L / S."""
+    ratio = sink_source_ratio(sinks, sources, 2)
+    if isinstance(ratio, float):
+        return ratio
+    return (_tokens(sinks) / _tokens(sources)).to(sinks.dtype)
 
 
 def means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
@@ -114,6 +158,9 @@ def means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     Exact in exact arithmetic, ε included. In half arithmetic the ε of 1e-6 is
     a subnormal: where it is flushed, the result is the one for ε = 0, and rows
     whose features are all below 6e-8 become 0/0.
+
+    Of ``relu`` features, which have no upper end, D times the square of the largest must stay
+    below 65,504 in half; the range check tells where it does not.
 
     Where the result itself grows with N (competition over heads, flows over
     heads) it is scaled last, in two steps of √S.
@@ -126,7 +173,7 @@ def means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     eps, outer = variant.eps, variant.outer_eps
     sources = k.shape[2]
     if variant.flow_axis == "tokens":
-        ratio = sink_source_ratio(q, k, 2)
+        ratio = _ratio(q, k)
         per_sink, per_source = _share(q), _share(k)
 
         def dot(a: Tensor, mean: Tensor, share: float | Tensor) -> Tensor:
@@ -156,11 +203,11 @@ def means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     else:
         weight = weights(source, variant, 2)
         bounded = variant.clamp is not None and max(map(abs, variant.clamp)) <= 2
-        if isinstance(sources, int) and not bounded:
+        if fixed(sources) and not bounded:
             small = max(1.0, sources**0.5 / 2)
         competition = weight / token_mean(weight, small)
     context = scaled(outer_mean(k, v * competition), small)
     if not grown:
         return ((normalized @ context) * allocation).transpose(1, 2)
-    root = float(sources) ** 0.5 if isinstance(sources, int) else token_count(k, 2).sqrt()
+    root = float(sources) ** 0.5 if fixed(sources) else _tokens(k).sqrt().to(k.dtype)
     return ((normalized @ (context * root)) * allocation * root).transpose(1, 2)

@@ -9,6 +9,7 @@ reductions of GPUs and NPUs, except in ``fp16_acc16``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from flowexport.core.errors import UnknownNameError
 from flowexport.ops.accumulate import half_cumsum, half_matmul, half_sum
 from flowexport.ops.descriptor import AttentionSite
+from flowexport.ops.flow_attention.half import as_dynamic
 from flowexport.ops.flow_attention.lowered import FORMS
 from flowexport.ops.flow_attention.op import variant_of
 from flowexport.ops.flow_attention.reference import flow_attention_reference
@@ -176,7 +178,7 @@ def check_site(
     """Say whether a form keeps the result at one layer in one arithmetic.
 
     Args:
-        site: the layer; its variant and path are used, its shapes are not.
+        site: the layer; its variant and path are used, and whether its length is dynamic.
         q, k, v: representative logits and values, (B, N, H, D), any float dtype.
         form: a name in FORMS.
         arithmetic: a name in ARITHMETICS: ``fp16``, ``fp16_ftz`` (subnormals flushed),
@@ -193,7 +195,9 @@ def check_site(
     rules = ARITHMETICS[arithmetic]
     q, k, v = (rules.round(x.detach().double()).float() for x in (q, k, v))
     truth = flow_attention_reference(q.double(), k.double(), v.double(), variant_of(site.arguments))
-    with torch.no_grad(), RoundingMode(rules) as mode:
+    dynamic = any(isinstance(shape[1], str) for shape in (site.q_shape, site.k_shape))
+    length = as_dynamic() if dynamic else nullcontext()
+    with torch.no_grad(), length, RoundingMode(rules) as mode:
         result = FORMS[form](q, k, v, *site.arguments).double()
     scale = truth.abs().max().item() if truth.numel() else 0.0
     finite = bool(result.isfinite().all())
