@@ -27,6 +27,8 @@ from flowexport.resolve import find_recipe
 
 SCHEMA = "flowexport.front/1"
 FILES = ("front.json", "front.html")
+NOISE = 1.03
+"""Medians of the same file in the same rounds differ by up to 3 %."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +235,11 @@ def _remarks(points: Sequence[Point]) -> list[Point]:
     told = []
     for p in points:
         ahead = any(_beats(other, p) for other in points)
+        measured = p.verdict == Verdict.PASS.value and p.latency_ms is not None
         remark = None
         half = next((h for h in points if h.target == p.target and h.precision == "fp16"), None)
         if half is not None and Precision(p.precision).quantised:
-            slower = _greater(p.latency_ms, half.latency_ms)
+            slower = _slower(p.latency_ms, half.latency_ms)
             worse = _less_accurate(p, half)
             if slower and worse:
                 share = p.size_bytes / half.size_bytes
@@ -245,7 +248,7 @@ def _remarks(points: Sequence[Point]) -> list[Point]:
                     f" accurate than fp16 on {p.target}: {worse}; all it gains is size"
                     f" ({share:.2f}x)"
                 )
-        told.append(replace(p, on_front=p.verdict == "PASS" and not ahead, remark=remark))
+        told.append(replace(p, on_front=measured and not ahead, remark=remark))
     return told
 
 
@@ -274,8 +277,9 @@ def _beats(a: Point, b: Point) -> bool:
     return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
 
 
-def _greater(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and a > b
+def _slower(a: float | None, b: float | None) -> bool:
+    """Whether ``a`` ms are more than ``b`` ms by more than medians of one run differ by."""
+    return a is not None and b is not None and a > NOISE * b
 
 
 def _conditions(latency: Mapping[tuple[str, str], LatencyReport]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _scatter(points: Sequence[Mapping[str, Any]], key: str, label: str, judged: 
         side = "end" if left > 70 else "start"
         shift = -(radius + 3) if side == "end" else radius + 3
         body += (
-            f'<text class="mark" x="{_x(left)}%" y="{_y(top)}%" dx="{shift:.0f}"'
+            f'<text class="mark t{p["order"]}" x="{_x(left)}%" y="{_y(top)}%" dx="{shift:.0f}"'
             f' dy="{4 + offset}" text-anchor="{side}">{escape(p["short"])}</text>'
         )
     title = f"{'accuracy' if judged else 'SQNR'} over {label}, {len(points)} points"
