@@ -51,8 +51,8 @@ def check(
     devices that accumulate in half. Exit code 0: the form that is taken is safe on
     every target; 3: on some target none is, and the conversion would fail.
     """
-    from flowexport.plan import override
     from flowexport.logits import calibrate_subject
+    from flowexport.plan import override
     from flowexport.rangecheck import PRECISIONS, check_document, check_target
     from flowexport.registry import TARGETS
     from flowexport.resolve import find_recipe, resolve

@@ -107,8 +107,8 @@ def outer_mean(k: Tensor, v: Tensor) -> Tensor:
     """
     size = k.shape[2]
     if not fixed(size):
-        count = _tokens(k)
-        root = (torch.ones_like(count) / count).sqrt().to(k.dtype)
+        tokens = _tokens(k)
+        root = (torch.ones_like(tokens) / tokens).sqrt().to(k.dtype)
         return (k * root).transpose(2, 3) @ (v * root)
     result = None
     for start, count, length in chunks(size):
