@@ -23,6 +23,7 @@ from flowexport.core.reports import ParityReport
 from flowexport.core.types import Artifact, Verdict
 from flowexport.evidence import verify_all
 from flowexport.progress import SILENT
+from flowexport.registry import TARGETS
 
 MODEL = '''
 """Two blocks and two heads of one shape; the first is fitted, so that labels mean something."""
@@ -163,13 +164,31 @@ class Finding:
     said: str
 
 
-def make_bundle(folder: Path, targets: Iterable[str]) -> Path:
-    """Convert the model once into ``folder/bundle``."""
+def here() -> list[str]:
+    """Return the formats that can be made on this machine."""
+    return [name for name in FORMATS if TARGETS.get(name).probe().converts]
+
+
+def shared_bundle(base: Path) -> Path:
+    """Convert the model to all formats once a test session; read only.
+
+    Args:
+        base: ``tmp_path_factory.getbasetemp()``.
+    """
+    folder = base / "mutants"
+    if not (folder / "bundle").exists():
+        folder.mkdir(exist_ok=True)
+        make_bundle(folder)
+    return folder / "bundle"
+
+
+def make_bundle(folder: Path) -> Path:
+    """Convert the model into ``folder/bundle``."""
     (folder / "mutant_model.py").write_text(MODEL)
     recipe = folder / "mutants.yaml"
     recipe.write_text(RECIPE)
-    result = pipeline.convert(recipe, targets=list(targets), out=folder / "bundle", bench=False)
-    return result.bundle
+    out = folder / "bundle"
+    return pipeline.convert(recipe, targets=here(), out=out, verify=False, bench=False).bundle
 
 
 def artifact_of(bundle: Path, name: str) -> Artifact:

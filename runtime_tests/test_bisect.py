@@ -14,19 +14,18 @@ import mutants_onnx
 import mutants_tflite
 import numpy as np
 import pytest
-from mutants import artifact_of, make_bundle
+from mutants import artifact_of, shared_bundle
 from way_tools import refused
 
 from flowexport.cli import run
 from flowexport.parity.bisect import Step, Value, bisect
-from flowexport.registry import TARGETS
 
 MODULES: dict[str, Any] = {
     "onnx": mutants_onnx,
     "tflite": mutants_tflite,
     "coreml": mutants_coreml,
 }
-LAYERS = ("embed", "first.attention.out_projection", "second.expand", "second.shrink", "other")
+LAYERS = ("embed", "first.attention.out_projection", "second.expand")
 Capture = pytest.CaptureFixture[str]
 
 
@@ -104,8 +103,7 @@ def test_values_that_are_not_finite_are_never_right(value: float) -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    targets = [n for n in MODULES if TARGETS.get(n).probe().converts]
-    return make_bundle(tmp_path_factory.mktemp("bisect"), targets)
+    return shared_bundle(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

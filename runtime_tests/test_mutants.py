@@ -16,7 +16,18 @@ import mutants_onnx
 import mutants_tensorrt
 import mutants_tflite
 import pytest
-from mutants import FORMATS, Finding, Mutant, artifact_of, examine, judge, make_bundle, score_table
+from mutants import (
+    FORMATS,
+    Finding,
+    Mutant,
+    artifact_of,
+    examine,
+    here,
+    judge,
+    make_bundle,
+    score_table,
+    shared_bundle,
+)
 
 from flowexport.core.errors import UnavailableError
 from flowexport.core.types import Verdict
@@ -48,14 +59,9 @@ BY_READING = {
 NUMERIC = ("weight", "layer", "ε", "clamp", "axis", "operator", "outputs")
 
 
-def here() -> list[str]:
-    """Return the formats that can be made on this machine."""
-    return [name for name in FORMATS if TARGETS.get(name).probe().converts]
-
-
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("mutants"), here())
+    return shared_bundle(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +123,7 @@ def main() -> int:
     """Print every mutant that was missed, and the score."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        bundle = make_bundle(root, here())
+        bundle = make_bundle(root)
         found = []
         for number, mutant in enumerate(m for m in MUTANTS if m.format in here()):
             place = root / str(number)
