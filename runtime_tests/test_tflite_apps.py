@@ -284,3 +284,26 @@ def test_the_old_runtime_itself(app: Artifact, quantised: dict[str, Path]) -> No
     assert error(old, "float") <= 1e-5
     assert error(TARGET, "channelwise") <= 0.1 and error(old, "tensorwise") <= 0.1
     assert error(old, "channelwise") > 0.3, "the error that compat refuses is still there"
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_int8_weights_for_the_old_runtime_have_one_scale_in_linear_layers_alone(
+    compat: bool, tmp_path: Path
+) -> None:
+    program = lower(model(), [IMAGE], ["logits"], name="vision", ops=())
+    extra = {"compat": "tflite-2.14"} if compat else {}
+    options = Options(Precision.INT8_DYNAMIC, extra)
+    artifact = TARGET.convert(program, options, tmp_path)
+    found = flatbuffer.read_model(artifact.path)
+    names = flatbuffer.operator_names(found)
+    graph = found.subgraphs[0]
+    scales = {
+        names[op.opcodeIndex]: len(graph.tensors[int(op.inputs[1])].quantization.scale)
+        for op in graph.operators
+        if names[op.opcodeIndex] in ("CONV_2D", "FULLY_CONNECTED")
+    }
+    assert scales == {"CONV_2D": 8, "FULLY_CONNECTED": 1 if compat else 4}
+    assert bool(hybrid_channelwise(found)) is not compat
+    with TARGET.load(artifact) as session:
+        logits = session.run({"image": values()})["logits"]
+    assert np.abs(logits - truth()).max() <= 0.05 * np.abs(truth()).max()

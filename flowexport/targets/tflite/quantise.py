@@ -50,7 +50,9 @@ def quantise(
         programs: what it was converted from, by signature, the main one first;
             float32, attention decomposed.
         options: precision, ``keep_float``, and the calibration samples' file.
-        per_channel: one scale an output channel; False for runtimes that get it wrong.
+        per_channel: one scale an output channel; False: one for all of a FULLY_CONNECTED,
+            for runtimes that read no more. Convolutions keep theirs: with float inputs a
+            DEPTHWISE_CONV_2D reads one a channel on every runtime, and past the end of fewer.
 
     Returns:
         The flatbuffer's bytes, and what was done.
@@ -75,9 +77,10 @@ def quantise(
         try:
             named = bytes(flatbuffer_utils.convert_object_to_bytearray(model))
             work = quantizer.Quantizer(named)
-            granularity = qtyping.QuantGranularity["CHANNELWISE" if per_channel else "TENSORWISE"]
             for name, treatment in wanted.items():
                 for kind in WEIGHTED:
+                    one = kind == "FULLY_CONNECTED" and not per_channel
+                    granularity = qtyping.QuantGranularity["TENSORWISE" if one else "CHANNELWISE"]
                     _add_rule(work, name, kind, treatment, options.precision, granularity)
             ranges = None
             if work.need_calibration:
