@@ -20,7 +20,7 @@ from flowexport.core.errors import BundleError, ConversionError, InputError, Unk
 from flowexport.core.pixels import round_feeds
 from flowexport.core.reports import LatencyReport, ParityReport, verdict_of
 from flowexport.core.steps import last_step
-from flowexport.core.types import Precision, TensorSpec, Verdict, float_precision
+from flowexport.core.types import Dataset, Precision, TensorSpec, Verdict, float_precision
 from flowexport.evidence import (
     NOT_VERIFIED,
     bench_all,
@@ -330,15 +330,45 @@ def _lower(plan: Plan, work: Path, progress: Progress) -> dict[Precision, Lowere
     return programs
 
 
+def _cases(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Make the golden cases; a flexible dimension at its smallest, a middle and largest size."""
+    from flowexport import parity
+
+    subject, seed = plan.subject, plan.recipe.seed
+    specs, dataset = subject.spec.inputs, subject.dataset
+    flexible: dict[str, Any] = {}
+    for options in plan.options.values():
+        flexible |= options.extra.get("flexible") or {}
+    if not flexible:
+        return dict(parity.make_cases(specs, dataset, seed=seed))
+    cases: dict[str, dict[str, Any]] = {}
+    for name, limits in flexible.items():
+        (kind, sizes), *_ = limits.items()
+        middle = sum(sizes) // 2 if kind == "range" else sizes[len(sizes) // 2]
+        for size in sorted({sizes[0], middle, sizes[-1]}):
+            fixed = [
+                replace(s, shape=tuple(size if d == name else d for d in s.shape)) for s in specs
+            ]
+            own = parity.make_cases(fixed, _of_shape(dataset, fixed), seed=seed)
+            cases |= {f"{case}-{name}-{size}": feeds for case, feeds in own.items()}
+    return cases
+
+
+def _of_shape(dataset: Dataset | None, specs: Sequence[TensorSpec]) -> Dataset | None:
+    """Return the set where its samples have these sizes."""
+    if dataset is None:
+        return None
+    fits = all(dataset.inputs[s.name].shape[1:] == s.shape[1:] for s in specs)
+    return dataset if fits else None
+
+
 def _write_references(plan: Plan, root: Path, progress: Progress) -> None:
     """Compute the golden outputs and the evaluation set's scores in float64, and save them."""
     from flowexport import parity
 
     subject, spec = plan.subject, plan.subject.spec
     progress.stage("reference")
-    cases: dict[str, dict[str, Any]] = dict(
-        parity.make_cases(spec.inputs, subject.dataset, seed=plan.recipe.seed)
-    )
+    cases = _cases(plan)
     cases = {name: round_feeds(feeds, plan.pixels) for name, feeds in cases.items()}
     names = list(spec.output_names)
     expected = parity.reference_outputs(

@@ -14,6 +14,7 @@ from flowexport_models import build_spec
 from mobile_models import LABELS, layer_feeds, layer_program
 from torch import nn
 
+import flowexport
 from flowexport.core.errors import (
     ConversionError,
     FlowExportError,
@@ -21,7 +22,7 @@ from flowexport.core.errors import (
     VerificationError,
 )
 from flowexport.core.pixels import Pixels
-from flowexport.core.types import Artifact, Options, Precision, TensorSpec
+from flowexport.core.types import Artifact, Options, Precision, TensorSpec, Verdict
 from flowexport.lowering import LoweredProgram, decompose, lower, lower_streaming, specialise
 from flowexport.ops.flow_attention import VARIANTS, flow_attention
 from flowexport.ops.installed import installed_ops
@@ -521,3 +522,36 @@ def test_state_inside_is_one_more_function(
 def test_a_model_without_a_step_has_no_state(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="stateful is asked for, but the model has no step"):
         TARGET.convert(layer_program("causal"), Options(extra={"stateful": "split"}), tmp_path)
+
+
+FLEXIBLE_MODEL = """
+import torch
+from torch import nn
+from flowexport.ops.flow_attention import VARIANTS, flow_attention
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2)
+        return self.head(flow_attention(q, k, v, VARIANTS["timeseries"]).flatten(2).mean(1))
+
+def build():
+    return Tiny()
+"""
+
+
+@pytest.mark.slow
+def test_a_flexible_bundle_is_verified_at_several_lengths(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text(FLEXIBLE_MODEL)
+    (tmp_path / "r.yaml").write_text(
+        "schema: flowexport.recipe/1\nmodel: m.py:build\ninputs: {x: batchxlengthx8}\n"
+        "targets: {coreml: {flexible: {length: {range: [4, 40]}}}}\n"
+    )
+    result = flowexport.convert(tmp_path / "r.yaml", out=tmp_path / "out", bench=False)
+    assert result.verdict is Verdict.PASS
+    lengths = {c.case.rpartition("-")[2] for c in result.parity["coreml"].cases}
+    assert lengths == {"4", "22", "40"}
