@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from flowexport import form_errors
-from flowexport.form_errors import main, worst
+from flowexport.ops.flow_attention import form_errors
+from flowexport.ops.flow_attention.form_errors import main, worst
 
 
 @pytest.fixture(autouse=True)

@@ -170,10 +170,10 @@ def test_shipped_recipes_are_there() -> None:
 def test_shipped_recipe_holds(name: str) -> None:
     recipe = find_recipe(name)
     assert recipe.name == name and recipe.description
-    streams = isinstance(recipe.streaming, tuple)  # fp32, and where a state can be carried
+    streams = isinstance(recipe.streaming, tuple)  # floats, and where a state can be carried
     every = {"onnx", "tflite", "coreml", "tensorrt"}
     assert set(recipe.targets or ()) == (every - {"tensorrt"} if streams else every)
-    for precision in [Precision.FP32] if streams else Precision:
+    for precision in [Precision.FP32, Precision.FP16] if streams else Precision:
         assert Tolerance.from_json(recipe.tolerance("onnx", precision)).reason
     assert recipe.model.name in MODELS.names()
     assert recipe.dataset is None or recipe.dataset in DATASETS.names()

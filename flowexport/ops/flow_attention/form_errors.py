@@ -1,4 +1,6 @@
-"""Worst error of every form and published variant: ``python -m flowexport.form_errors``.
+"""Worst error of every form and published variant.
+
+``python -m flowexport.ops.flow_attention.form_errors`` prints the table.
 
 Each form runs in float64, float32 and IEEE half (torch's own kernels) over a matrix of
 shapes and value ranges, and is compared with the reference in float64 on the same
@@ -103,7 +105,9 @@ def worst(variant_name: str, form: str, dtype_name: str) -> Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, or JSON rows; see the module."""
-    parser = argparse.ArgumentParser(prog="python -m flowexport.form_errors", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m flowexport.ops.flow_attention.form_errors", description=__doc__
+    )
     parser.add_argument("--json", action="store_true", help="one document on stdout")
     parser.add_argument("--form", action="append", choices=list(FORMS), help="only this form")
     asked = parser.parse_args(arguments)
