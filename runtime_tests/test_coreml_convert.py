@@ -217,10 +217,28 @@ def test_unusable_options_are_refused(options: Options, message: str) -> None:
 
 
 def test_input_dtype_that_core_ml_lacks_is_refused(tmp_path: Path) -> None:
-    spec = TensorSpec("ids", ("batch", 5), "int64")
-    program = lower(nn.Embedding(7, 4).eval(), [spec], ["vectors"], name="ids", ops=())
-    with pytest.raises(InputError, match="ids has dtype int64; expected one of: float32"):
+    class Count(nn.Module):
+        def forward(self, mask: torch.Tensor) -> torch.Tensor:
+            return mask.float().sum(dim=1)
+
+    spec = TensorSpec("mask", ("batch", 5), "bool")
+    program = lower(Count(), [spec], ["count"], name="count", ops=())
+    with pytest.raises(InputError, match="mask has dtype bool; expected one of: float32"):
         TARGET.convert(program, Options(), tmp_path)
+
+
+def test_integers_of_64_bits_are_narrowed_at_the_border(tmp_path: Path) -> None:
+    spec = TensorSpec("ids", ("batch", 5), "int64")
+    torch.manual_seed(0)
+    module = nn.Embedding(7, 4).eval()
+    program = lower(module, [spec], ["vectors"], name="ids", ops=())
+    artifact = TARGET.convert(program, Options(), tmp_path)
+    ids = np.array([[0, 6, 3, 3, 1]], np.int64)
+    with TARGET.load(artifact) as session:
+        got = session.run({"ids": ids})["vectors"]
+        with pytest.raises(InputError, match="expected int32 ones"):
+            session.run({"ids": ids + 2**40})
+    np.testing.assert_array_equal(got, module(torch.from_numpy(ids)).detach().numpy())
 
 
 def test_operator_without_a_translation_is_told_in_one_line(tmp_path: Path) -> None:
