@@ -116,7 +116,8 @@ def _read_file(path: Path, where: str) -> Dataset:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, AttributeError, EOFError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        text = text.splitlines()[0].rstrip(".")
         raise InputError(
             f"{where}: cannot be read: {text}; expected a .npz file.",
             fix="numpy.savez(FILE, targets=classes, **{input: array})",

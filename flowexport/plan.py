@@ -141,6 +141,7 @@ def make_plan(
     place = (Path(out) if out is not None else Path("out") / recipe.name).absolute()
     Staging(place, force=force).check()
     subject = resolve(recipe, calibrated=require_calibration(recipe, list(options)))
+    _check_kept(recipe, subject, options)
     if max_accuracy_drop is not None and subject.dataset is None:
         raise InputError(
             f"convert {recipe.name}: max-accuracy-drop is {max_accuracy_drop:g} points and the"
@@ -219,6 +220,21 @@ def _check_ranges(subject: Subject, options: Mapping[str, Options]) -> dict[str,
         )
         for name, o in half.items()
     }
+
+
+def _check_kept(recipe: Recipe, subject: Subject, options: Mapping[str, Options]) -> None:
+    """Raise InputError for a ``keep_float`` that names no module of the model."""
+    from flowexport.lowering.quantisation import matches
+
+    modules = [name for name, _ in subject.module.named_modules() if name]
+    for name, asked in options.items():
+        for pattern in asked.keep_float:
+            if not any(matches(module, [pattern]) for module in modules):
+                raise InputError(
+                    f"{recipe.where('keep_float')}: keep_float of {name} has {pattern!r}, which"
+                    " names no module of the model; expected module paths or globs.",
+                    fix="`flowexport sensitivity` prints the paths of the layers",
+                )
 
 
 def check_points(points: float) -> None:

@@ -22,6 +22,7 @@ from flowexport.plan import make_plan
 from flowexport.recipes import Calibration, Recipe
 from flowexport.recipes.recipe import ModelRef
 from flowexport.registry import TARGETS
+from flowexport.resolve import find_recipe
 from flowexport.targets.onnx import TARGET as ONNX
 from flowexport.targets.onnx.quantise import INTEGER, _safe_ranges
 
@@ -242,6 +243,9 @@ def test_plans_refuse_before_any_work(tmp_path: Path) -> None:
         make_plan(
             "digits", targets=["onnx"], precision="int8-static", calibration="digits-test", out=out
         )
+    kept = replace(find_recipe("digits"), keep_float=("blocks.9.*",))
+    with pytest.raises(InputError, match="names no module"):
+        make_plan(kept, targets=["onnx"], precision="int8-dynamic", out=out)
     with pytest.raises(InputError, match="expected points"):
         make_plan("digits", targets=["onnx"], max_accuracy_drop=101, out=out)
     assert not out.exists()
