@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,19 +96,10 @@ def samples_sha256(dataset: Dataset) -> str:
 
 
 def write_samples(dataset: Dataset, path: Path) -> None:
-    """Write samples for a converter's child process; see :func:`read_samples`."""
+    """Write samples for a converter's child process; see :func:`flowexport.lowering.quantisation.read_samples`."""
     from safetensors.numpy import save_file
 
     save_file(dict(dataset.inputs), path, {"name": dataset.name})
-
-
-def read_samples(path: Path) -> tuple[str, Mapping[str, np.ndarray]]:
-    """Return the name of a set written by :func:`write_samples`, and one array an input."""
-    from safetensors import safe_open
-
-    with safe_open(path, "numpy") as file:
-        name = str((file.metadata() or {}).get("name", path.stem))
-        return name, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def _read_file(path: Path, where: str) -> Dataset:

@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flowexport.core.errors import ConversionError
 from flowexport.core.types import Precision
@@ -125,6 +128,19 @@ def decide(
             fix="--precision fp16, or a shorter `keep_float`",
         )
     return tuple(decisions)
+
+
+def read_samples(path: Path) -> tuple[str, Mapping[str, np.ndarray]]:
+    """Return a calibration set's name and one array an input, samples first.
+
+    Args:
+        path: written by :func:`flowexport.calibration.write_samples`.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        name = str((file.metadata() or {}).get("name", path.stem))
+        return name, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def treatment_of(paths: Iterable[str], decisions: Sequence[Decision]) -> Treatment:

@@ -23,6 +23,7 @@ from flowexport.lowering.quantisation import (
     Treatment,
     decide,
     prove,
+    read_samples,
     treatment_of,
 )
 from flowexport.targets.onnx.function import DOMAIN
@@ -199,8 +200,6 @@ def _static(
 ) -> tuple[ModelProto, dict[str, Any]]:
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-
-    from flowexport.calibration import read_samples
 
     if options.calibration is None:
         raise ConversionError(

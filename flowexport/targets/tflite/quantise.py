@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from flowexport.calibration import read_samples
 from flowexport.core.errors import ConversionError
 from flowexport.core.types import Options, Precision
 from flowexport.lowering import LoweredProgram
@@ -25,6 +24,7 @@ from flowexport.lowering.quantisation import (
     Treatment,
     decide,
     prove,
+    read_samples,
     treatment_of,
 )
 
