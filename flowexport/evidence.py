@@ -206,14 +206,13 @@ def _changed(artifact: Artifact) -> str | None:
 
     ``verify`` runs no such file either.
     """
-    for part in (artifact, *artifact.functions.values()):
-        if not part.path.exists():
-            return f"{part.path.name} is missing from the bundle."
-        if (found := sha256_tree(part.path)) != part.sha256:
-            return (
-                f"the sha256 of {part.path.name} is {found[:12]}…;"
-                f" the manifest has {part.sha256[:12]}…."
-            )
+    wanted = {artifact.path: artifact.sha256}
+    wanted |= {f.path: f.sha256 for f in artifact.functions.values()}
+    for path, sha256 in wanted.items():
+        if not path.exists():
+            return f"{path.name} is missing from the bundle."
+        if (found := sha256_tree(path)) != sha256:
+            return f"the sha256 of {path.name} is {found[:12]}…; the manifest has {sha256[:12]}…."
     return None
 
 
