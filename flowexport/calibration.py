@@ -96,7 +96,7 @@ def samples_sha256(dataset: Dataset) -> str:
 
 
 def write_samples(dataset: Dataset, path: Path) -> None:
-    """Write samples for a converter's child process; see :func:`flowexport.lowering.quantisation.read_samples`."""
+    """Write samples for a converter's child process, which reads them in lowering."""
     from safetensors.numpy import save_file
 
     save_file(dict(dataset.inputs), path, {"name": dataset.name})
