@@ -4,7 +4,7 @@ from flowexport.lowering.ends import add_probabilities, divide_input
 from flowexport.lowering.lengths import forward_name, lower_buckets
 from flowexport.lowering.passes.image_like import image_like
 from flowexport.lowering.program import LoweredProgram, decompose, find_attentions, lower
-from flowexport.lowering.specialise import check_static, require_static, specialise
+from flowexport.lowering.specialise import check_static, specialise
 from flowexport.lowering.streaming import StreamingModule, check_streaming, lower_streaming
 
 __all__ = [
@@ -21,6 +21,5 @@ __all__ = [
     "lower",
     "lower_buckets",
     "lower_streaming",
-    "require_static",
     "specialise",
 ]

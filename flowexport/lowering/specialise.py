@@ -14,17 +14,16 @@ from flowexport.lowering.program import LoweredProgram, find_attentions
 from flowexport.ops.descriptor import AttentionDescriptor
 
 
-def require_static(program: LoweredProgram, target: str, fix: str) -> None:
+def check_static(inputs: Sequence[TensorSpec], where: str, fix: str) -> None:
     """Refuse dynamic dimensions other than the batch, before any long work.
+
+    Args:
+        inputs: of the model or of its program.
+        where, fix: begin and end of the message.
 
     Raises:
         InputError: an input has a named dimension that is not ``batch`` in front.
     """
-    check_static(program.inputs, f"convert {target} {program.model}", fix)
-
-
-def check_static(inputs: Sequence[TensorSpec], where: str, fix: str) -> None:
-    """Raise InputError for a named dimension that is not ``batch`` in front."""
     for spec in inputs:
         for axis, size in enumerate(spec.shape):
             if isinstance(size, str) and (axis, size) != (0, "batch"):
