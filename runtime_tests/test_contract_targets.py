@@ -12,9 +12,18 @@ import pytest
 import torch
 from torch import nn
 
+from flowexport.calibration import write_samples
 from flowexport.core.errors import FlowExportError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_tree, size_tree
-from flowexport.core.types import Artifact, Options, Precision, Target, TensorSpec
+from flowexport.core.types import (
+    Artifact,
+    Dataset,
+    Options,
+    Precision,
+    Target,
+    TensorSpec,
+    float_precision,
+)
 from flowexport.lowering import LoweredProgram, lower
 from flowexport.ops.flow_attention import VARIANTS, flow_attention
 from flowexport.registry import OPS, TARGETS
@@ -23,7 +32,18 @@ INPUTS = (TensorSpec("x", ("batch", 6, 8)), TensorSpec("gain", ("batch", 6)))
 LABELS = ("rest", "wave", "clap")
 # fp32: one layer of sums of 6 to 32 terms, some roundings (6e-8) each.
 # fp16: the same with 5e-4 each; also bounds targets that keep only weights in half.
-TOLERANCE = {Precision.FP32: 1e-5, Precision.FP16: 1e-2}
+# Quantised: two layers of weights (8 bits: 0.4 % of the largest, 6 and 4 bits 4 and 16 times
+# that), and activations as coarse; int8-static's ranges come from other samples.
+TOLERANCE = {
+    Precision.FP32: 1e-5,
+    Precision.FP16: 1e-2,
+    Precision.INT8_WEIGHTS: 3e-2,
+    Precision.INT8_DYNAMIC: 5e-2,
+    Precision.INT8_STATIC: 1e-1,
+    Precision.PALETTE8: 3e-2,
+    Precision.PALETTE6: 1e-1,
+    Precision.PALETTE4: 3e-1,
+}
 
 
 class Tiny(nn.Module):
@@ -86,10 +106,12 @@ def artifacts(
     availability = target.probe()
     if not availability.converts:
         pytest.skip(f"{target.name} cannot convert here: {availability.reason}")
+    samples = tmp_path_factory.mktemp(target.name) / "samples.safetensors"
+    write_samples(Dataset("tiny", feeds(16), np.arange(16) % 2, (), "made here"), samples)
     return {
         precision: target.convert(
-            program(precision),
-            Options(precision),
+            program(float_precision(target, precision)),
+            Options(precision, calibration=samples),
             tmp_path_factory.mktemp(f"{target.name}-{precision}"),
         )
         for precision in target.precisions
