@@ -28,7 +28,7 @@ def bisect(
     ],
     case: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="On this golden case; else on the one with the largest error."),
+        typer.Option(metavar="NAME", help="A golden case; else the one with the largest error."),
     ] = None,
     model: Annotated[
         str | None,
