@@ -106,6 +106,8 @@ def decide(
                 fix="mend the recipe's `keep_float`",
             )
     decisions = []
+    # A fused layer that lowering split is there in parts, which are treated alike.
+    layers = list({layer.path: layer for layer in layers}.values())
     for i, layer in enumerate(layers):
         kept = matches(layer.path, keep)
         ends = i in (0, len(layers) - 1)
