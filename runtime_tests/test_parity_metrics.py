@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flowexport.core.errors import RecipeError, UnknownNameError
-from flowexport.core.reports import Tolerance
+from flowexport.core.reports import CaseResult, Tolerance
 from flowexport.parity import compare
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(2, 6))
@@ -177,3 +178,17 @@ def test_a_misspelt_limit_is_refused_with_the_right_one() -> None:
 def test_tolerance_round_trip() -> None:
     limits = Tolerance(max_rel=1e-3, reason="why", min_sqnr_db=40, max_accuracy_drop=0.5)
     assert Tolerance.from_json(json.loads(json.dumps(limits.to_json()))) == limits
+
+
+def test_calibrated_ranges_clip_the_large_case_alone() -> None:
+    limits = Tolerance(max_rel=0.1, reason="test", min_cosine=0.99, max_rel_clipped=0.6)
+    far = CaseResult("large", "y", max_abs=0.4, max_rel=0.4, cosine=0.9, peak=1.0)
+    assert far.violation(limits) is None
+    assert replace(far, case="forward_16/large").violation(limits) is None
+    assert "expected <= 0.1" in str(replace(far, case="random-0").violation(limits))
+    assert "expected <= 0.6" in str(replace(far, max_rel=0.7).violation(limits))
+    assert "not finite" in str(replace(far, problem="not finite").violation(limits))
+    without = replace(limits, max_rel_clipped=None)
+    assert "expected <= 0.1" in str(far.violation(without))
+    assert "max_rel_clipped" not in without.to_json()
+    assert Tolerance.from_json(limits.to_json()) == limits

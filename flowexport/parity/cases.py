@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flowexport.core.errors import InputError
+from flowexport.core.findings import LARGE_CASE
 from flowexport.core.types import Dataset, TensorSpec
 
 RANDOM_CASES = 3
@@ -49,7 +50,7 @@ def make_cases(
         lengths = "full" if i == 0 else "random"
         cases[f"random-{i}"] = {s.name: _draw(s, rng, 1.0, lengths, dataset) for s in inputs}
     cases["zeros"] = {s.name: _draw(s, rng, 0.0, "full", dataset) for s in inputs}
-    cases["large"] = {s.name: _draw(s, rng, LARGE, "full", dataset) for s in inputs}
+    cases[LARGE_CASE] = {s.name: _draw(s, rng, LARGE, "full", dataset) for s in inputs}
     if any(is_mask(s) for s in inputs):
         cases["one-step"] = {s.name: _draw(s, rng, 1.0, "one", dataset) for s in inputs}
     if dataset is not None:

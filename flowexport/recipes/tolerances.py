@@ -38,12 +38,13 @@ DEFAULT_TOLERANCES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "8 bits with one range a tensor; 29 dB are 3.5 % of noise",
         },
         "int8-static": {
-            "max_rel": 0.6,
-            "min_cosine": 0.85,
+            "max_rel": 0.3,
+            "min_cosine": 0.97,
+            "max_rel_clipped": 0.6,
             "min_top1_agreement": 0.9,
-            "reason": "default: as int8-dynamic on inputs like the calibration samples; the large "
-            "case is eight times outside their ranges and is clipped (measured: 0.33), which "
-            "limits the error only roughly: the accuracy on the evaluation set is the judge",
+            "reason": "default: twice int8-dynamic's, for ranges fixed beforehand on calibration "
+            "samples. The large case is eight times outside these ranges: the file clips it by "
+            "its nature (measured: 0.33), so there only gross errors are told",
         },
         "palette8": {
             "max_rel": 0.1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowexport.core.findings import LARGE_CASE
 from flowexport.report import svg
 from flowexport.report.format import number, percent, size
 from flowexport.report.lengths import lengths
@@ -138,16 +139,21 @@ def _cases(
 ) -> list[dict[str, Any]]:
     """Return the comparisons, failed ones first, then the largest error first."""
     axis = _axis(cases, tolerance)
-    limit = float(tolerance.get("max_rel", 0.0))
     order = sorted(cases, key=lambda c: (c["verdict"] == "PASS", -(c["max_rel"] or 0.0)))
     rows = []
     for case in order:
         error = case["max_rel"]
+        clipped = tolerance.get("max_rel_clipped") if _is_large(case["case"]) else None
+        limit = float(clipped or tolerance.get("max_rel", 0.0))
         text = f"max rel {number(error)}, tolerance {number(limit)}"
         mark = [] if error is None else [(error, case["verdict"] == "PASS", text)]
         label = f"{case['case']} {case['output']}: {text}"
         rows.append({**case, "svg": svg.dots(axis, mark, limit, label)})
     return rows
+
+
+def _is_large(case: str) -> bool:
+    return case.rsplit("/", 1)[-1] == LARGE_CASE
 
 
 def _limits(tolerance: Mapping[str, Any]) -> list[str]:
@@ -158,6 +164,7 @@ def _limits(tolerance: Mapping[str, Any]) -> list[str]:
         "min_top1_agreement": "top-1 agreement ≥ {}",
         "max_accuracy_drop": "accuracy drop ≤ {} points",
         "min_prediction_agreement": "same predictions ≥ {}",
+        "max_rel_clipped": "max rel ≤ {} where calibrated ranges clip the large case",
     }
     return [
         text.format(f"{tolerance[key]:g}")
