@@ -262,3 +262,9 @@ def test_not_run_is_shown_and_fails_only_where_required(tmp_path: Path) -> None:
     stdout, err = process.communicate()
     assert process.returncode == 0 and err == ""
     assert json.loads(stdout)["verdict"] == "NOT_RUN"
+
+
+def test_help_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, default in (("convert", "[out/RECIPE]"), ("front", "[all]"), ("demo", "[8017]")):
+        assert run([verb, "--help"]) == 0
+        assert default in " ".join(capsys.readouterr().out.split())

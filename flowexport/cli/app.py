@@ -29,6 +29,7 @@ EPILOG = (
 )
 
 app = typer.Typer(
+    rich_markup_mode="markdown",  # the default eats [defaults] in brackets
     name="flowexport",
     help="Flowformer models to ONNX, TFLite, Core ML and TensorRT, verified on every runtime.",
     epilog=EPILOG,

@@ -24,7 +24,11 @@ class _Fallback(TyperGroup):
         return list(super().parse_args(ctx, args))
 
 
-app = typer.Typer(cls=_Fallback, help="Write a bundle's report anew, or compare devices.")
+app = typer.Typer(
+    cls=_Fallback,
+    rich_markup_mode="markdown",
+    help="Write a bundle's report anew, or compare devices.",
+)
 
 
 @app.command(
