@@ -81,15 +81,15 @@ class TensorSpec:
 
     def check(self, value: np.ndarray, where: str) -> None:
         """Raise InputError unless ``value`` has this dtype and shape."""
-        wanted = "x".join(str(d) for d in self.shape)
-        got = "x".join(str(d) for d in value.shape)
         fits = len(value.shape) == len(self.shape) and all(
             isinstance(want, str) or want == have
             for want, have in zip(self.shape, value.shape, strict=True)
         )
         if not fits:
+            wanted = "x".join(str(d) for d in self.shape)
+            got = "x".join(str(d) for d in value.shape)
             raise InputError(f"{where}: {self.name} has shape {got}; expected {wanted}.")
-        if value.dtype.name != self.dtype:
+        if value.dtype != np.dtype(self.dtype):
             raise InputError(
                 f"{where}: {self.name} has dtype {value.dtype.name}; expected {self.dtype}."
             )
