@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-from flowexport.ops.descriptor import AttentionDescriptor
+from flowexport.core.plugins import Registry
 
-GROUP = "flowexport.ops"
+if TYPE_CHECKING:
+    from flowexport.ops.descriptor import AttentionDescriptor
+
+OPS: Registry[AttentionDescriptor] = Registry("flowexport.ops", "attention")
 
 
-@cache
 def installed_ops() -> tuple[AttentionDescriptor, ...]:
     """Return every attention descriptor that imports, sorted by name.
 
-    An outside package's broken descriptor is warned about and skipped: its
-    models do not export whole, everybody else's do.
+    An outside package's broken descriptor is skipped, and stays listed with its
+    reason: its models do not export whole, everybody else's do.
     """
-    found = []
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        try:
-            found.append(entry.load())
-        except Exception as error:
-            warnings.warn(f"ops: {entry.name} ({entry.value}): {error}", stacklevel=2)
-    return tuple(found)
+    return tuple(OPS.working().values())

@@ -8,13 +8,14 @@ Python API and is tested against a double of it.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
 
 
-class Adapter:
+class Adapter(ABC):
     """One of the libraries.
 
     Args:
@@ -44,8 +45,9 @@ class Adapter:
         said = {"strongly_typed": True, "tf32": False, "aux_streams": self.request["aux_streams"]}
         return {**said, **self._own(config)}
 
+    @abstractmethod
     def _own(self, config: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """Set what only this builder has; returns what was set."""
 
     def finish(self, config: Any, engine: bytes, logger: Any) -> list[dict[str, str]] | None:
         """Save what a later build can use; return the layer table where the log has none."""
