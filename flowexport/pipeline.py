@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 from flowexport.bundle import Bundle, Staging, output_errors
 from flowexport.calibration import write_samples
 from flowexport.core.errors import BundleError, ConversionError, InputError, UnknownNameError
-from flowexport.core.pixels import round_feeds
 from flowexport.core.reports import LatencyReport, ParityReport, verdict_of
 from flowexport.core.steps import last_step
-from flowexport.core.types import Dataset, Precision, TensorSpec, Verdict, float_precision
+from flowexport.core.types import Precision, TensorSpec, Verdict, float_precision
 from flowexport.evidence import (
     NOT_VERIFIED,
     bench_all,
@@ -36,6 +35,7 @@ from flowexport.plan import Plan, check_points, make_plan
 from flowexport.process import Conversion, convert_in_child
 from flowexport.progress import SILENT, Progress
 from flowexport.recipes import Recipe
+from flowexport.references import write_references
 from flowexport.registry import OPS, TARGETS
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def run_plan(
         work = root / ".work"
         work.mkdir()
         programs = _lower(plan, work, progress)
-        _write_references(plan, root, progress)
+        write_references(plan, root, progress)
         try:
             conversions = _convert_all(plan, programs, root, work, progress)
         except ConversionError as error:
@@ -328,94 +328,6 @@ def _lower(plan: Plan, work: Path, progress: Progress) -> dict[Precision, Lowere
         program.save(work / f"program-{precision.value}.pt2")
         programs[precision] = program
     return programs
-
-
-def _cases(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Make the golden cases; a flexible dimension at its smallest, a middle and largest size."""
-    from flowexport import parity
-
-    subject, seed = plan.subject, plan.recipe.seed
-    specs, dataset = subject.spec.inputs, subject.dataset
-    flexible: dict[str, Any] = {}
-    for options in plan.options.values():
-        flexible |= options.extra.get("flexible") or {}
-    if not flexible:
-        return dict(parity.make_cases(specs, dataset, seed=seed))
-    cases: dict[str, dict[str, Any]] = {}
-    for name, limits in flexible.items():
-        (kind, sizes), *_ = limits.items()
-        middle = sum(sizes) // 2 if kind == "range" else sizes[len(sizes) // 2]
-        for size in sorted({sizes[0], middle, sizes[-1]}):
-            fixed = [
-                replace(s, shape=tuple(size if d == name else d for d in s.shape)) for s in specs
-            ]
-            own = parity.make_cases(fixed, _of_shape(dataset, fixed), seed=seed)
-            cases |= {f"{case}-{name}-{size}": feeds for case, feeds in own.items()}
-    return cases
-
-
-def _of_shape(dataset: Dataset | None, specs: Sequence[TensorSpec]) -> Dataset | None:
-    """Return the set where its samples have these sizes."""
-    if dataset is None:
-        return None
-    fits = all(dataset.inputs[s.name].shape[1:] == s.shape[1:] for s in specs)
-    return dataset if fits else None
-
-
-def _write_references(plan: Plan, root: Path, progress: Progress) -> None:
-    """Compute the golden outputs and the evaluation set's scores in float64, and save them."""
-    from flowexport import parity
-
-    subject, spec = plan.subject, plan.subject.spec
-    progress.stage("reference")
-    cases = _cases(plan)
-    cases = {name: round_feeds(feeds, plan.pixels) for name, feeds in cases.items()}
-    names = list(spec.output_names)
-    expected = parity.reference_outputs(
-        subject.module, cases, names, progress=lambda done, total: progress.step(done, total)
-    )
-    key = subject.recipe_sha256
-    noise = parity.measure_noise(subject.module, cases, expected, names)
-    parity.write_golden(root / "golden", cases, expected, subject=key, noise=noise)
-    if subject.lengths is not None:
-        progress.step(0, None, "a long stream")
-        parity.write_stream(
-            root / "golden",
-            subject.module,
-            spec.inputs[0],
-            names[0],
-            subject.dataset,
-            subject=key,
-            seed=plan.recipe.seed,
-            progress=lambda done, total: progress.step(done, total),
-        )
-    if subject.buckets is not None:
-        progress.step(0, None, "shorter lengths")
-        parity.write_buckets(
-            root,
-            subject.module,
-            subject.buckets,
-            names,
-            subject.dataset,
-            subject=key,
-            seed=plan.recipe.seed,
-            progress=lambda done, total: progress.step(done, total),
-        )
-    if subject.dataset is None:
-        return
-    feeds = {s.name: subject.dataset.inputs[s.name] for s in spec.inputs}
-    progress.step(0, None, subject.dataset.name)
-    scores = parity.reference_outputs(subject.module, {"all": feeds}, names)["all"]
-    output = "logits" if "logits" in names else names[0]
-    noise = parity.measure_noise(subject.module, {"all": feeds}, {"all": scores}, names)
-    parity.write_evaluation(
-        root / "evaluation",
-        subject.dataset,
-        output,
-        scores[output],
-        subject=key,
-        noise=noise["all"].get(output) if scores[output].ndim == 2 else None,
-    )
 
 
 def _convert_all(
