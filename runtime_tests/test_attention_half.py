@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_golden import CASES, golden_error
 
-from flowexport.ops.flow_attention import VARIANTS, flow_attention_reference, op_arguments
+from flowexport.ops.flow_attention import (
+    VARIANTS,
+    FlowVariant,
+    flow_attention_reference,
+    op_arguments,
+)
 from flowexport.ops.flow_attention.causal import causal_chunked
 from flowexport.ops.flow_attention.causal_half import causal_means, running_mean
 from flowexport.ops.flow_attention.half import as_dynamic, means
+from flowexport.ops.flow_attention.lowered import published
+from flowexport.ops.flow_attention.noncausal import channel_first, token_major
 
 BOUND = 3e-3  # of the largest output; six ulps of half
 
@@ -158,3 +166,56 @@ def test_dynamic_length_computes_the_same() -> None:
         with as_dynamic():
             result = form(x, x.flip(1), x, *arguments)
         torch.testing.assert_close(result, form(x, x.flip(1), x, *arguments), rtol=0, atol=1e-12)
+
+
+# (scale and shift of the logits, width): features near 30 and of thousands, rare and tiny ones,
+# and tokens with no feature above 0 (one in 256 of width 8, one in 4 of width 2).
+RELU = [(1, 30, 64), (10, 30, 64), (5000, 0, 64), (1, -2, 8), (0.01, 0, 8), (1, 0, 2), (1, -4, 64)]
+
+
+@pytest.mark.parametrize(("scale", "shift", "width"), RELU)
+def test_features_without_an_upper_end(scale: float, shift: float, width: int) -> None:
+    q, k, v = (x.reshape(1, -1, 4, width) for x in tensors(4096, width, 3))
+    q, k, v = q * scale + shift, k * scale + shift, v + 0.25
+    arguments = op_arguments(VARIANTS["lra"])
+    truth = flow_attention_reference(q.double(), k.double(), v.double(), VARIANTS["lra"])
+    result = means(q, k, v, *arguments)
+    assert result.dtype == torch.float16 and result.isfinite().all()
+    assert ((result.double() - truth).abs().max() / truth.abs().max()).item() <= BOUND
+    assert not ((result == 0) & (truth.abs() > 1e-3 * truth.abs().max())).any()
+
+
+def test_other_forms_lose_features_near_30() -> None:
+    """The negative control of the relu features' own scale."""
+    q, k, v = (x.reshape(1, -1, 4, 64) for x in tensors(4096, 64, 3))
+    for form in (published, channel_first, token_major):
+        result = form(q + 30, k + 30, v, *op_arguments(VARIANTS["lra"]))
+        usable = result.isfinite() & (result != 0)
+        assert usable.double().mean() < 0.01
+
+
+@pytest.mark.parametrize("competition", ["heads", "tokens"])
+@pytest.mark.parametrize(("eps", "outer"), [(1e-6, 0.0), (1e-6, 1e-6), (0.3, 0.2), (0.0, 0.2)])
+def test_scaled_features_keep_every_epsilon(competition: str, eps: float, outer: float) -> None:
+    """Exact in float64 for any ε, and with tokens that have nothing else."""
+    variant = FlowVariant("relu", None, eps, outer, competition_axis=competition)
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, n, 3, 4, generator=g, dtype=torch.float64) for n in (65, 130, 130))
+    if eps:
+        q[:, 3], k[:, 7], k[:, :, 1] = -1, -1, -1
+    q, k = q * 7, k * 0.2
+    truth = flow_attention_reference(q, k, v, variant)
+    result = means(q, k, v, *op_arguments(variant))
+    assert ((result - truth).abs().max() / truth.abs().max()).item() <= 1e-12
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_authors_outputs_in_half(case: str) -> None:
+    """Their layers with weights, inputs, projections and the form by means all in half."""
+
+    def form(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: FlowVariant
+    ) -> torch.Tensor:
+        return (causal_means if variant.causal else means)(q, k, v, *op_arguments(variant))
+
+    assert golden_error(case, form, torch.float16) <= BOUND

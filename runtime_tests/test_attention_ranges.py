@@ -54,6 +54,40 @@ def test_published_is_unsafe_where_means_is_safe(
     assert chosen.error <= ARITHMETICS[arithmetic].bound and chosen.overflow == ""
 
 
+# (scale and shift of the logits, width, arithmetic, forms that lose them) of relu features.
+RELU = [
+    (10.0, 30.0, 64, "fp16", ("published", "channel_first", "token_major")),
+    (100.0, 0.0, 64, "fp16_acc16", ("published", "channel_first", "token_major")),
+    (1.0, -2.0, 8, "fp16_ftz", ("published", "channel_first", "token_major")),
+]
+
+
+@pytest.mark.parametrize(("scale", "shift", "width", "arithmetic", "losing"), RELU)
+def test_relu_features_are_safe_in_their_own_scale_alone(
+    scale: float, shift: float, width: int, arithmetic: str, losing: tuple[str, ...]
+) -> None:
+    q, k, v = logits(1024, width)
+    inputs = (q * scale + shift, k * scale + shift, v)
+    where = site(1024, width, "lra")
+    for form in losing:
+        assert not check_site(where, *inputs, form, arithmetic).safe
+    chosen = check_site(where, *inputs, "means", arithmetic)
+    assert chosen.safe, chosen.reason
+
+
+def test_what_no_scale_saves_is_told() -> None:
+    """Features so rare that their mean is a subnormal, sums in half of thousands, and an output
+    that grows with the length beyond half's largest number."""
+    where, (q, k, v) = site(1024, 64, "lra"), logits(1024, 64)
+    assert check_site(where, q - 4, k - 4, v, "means", "fp16").safe
+    assert not check_site(where, q - 4, k - 4, v, "means", "fp16_ftz").safe
+    assert check_site(where, q * 5000, k * 5000, v, "means", "fp16").safe
+    verdict = check_site(where, q * 5000, k * 5000, v, "means", "fp16_acc16")
+    assert not verdict.safe and "mean" in verdict.overflow
+    verdict = check_site(where, q, k, v * 2000, "means", "fp16")
+    assert not verdict.safe and verdict.overflow
+
+
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_short_sequences_are_safe_in_either_form(arithmetic: str) -> None:
     for form in ("published", "means"):

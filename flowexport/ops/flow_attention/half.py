@@ -11,6 +11,10 @@ N·D ≈ 65 k, zero above 262 k, and sums pass 65,504 on other paths. With means
     R_i = (q_i / i_i) · mean_j(k_jᵀ c_j v_j) · a_i
 
 which is exact algebra: no ε is dropped.
+
+Features of ``relu`` have no upper end and may all be 0, so their products leave half at
+both ends: above √(65,504 / D), and where a token has nothing but ε. So each token and
+each mean is divided by its own largest feature, see :func:`_relu_flows`.
 """
 
 from __future__ import annotations
@@ -30,9 +34,12 @@ from flowexport.ops.flow_attention.noncausal import (
     weights,
 )
 from flowexport.ops.flow_attention.reference import feature_map
+from flowexport.ops.flow_attention.variant import FlowVariant
 
 # A sum of this many halves of similar size keeps ten bits even in a half accumulator.
 LONGEST_SUM = 64
+# Of half. What is smaller is a subnormal, which some devices take for 0.
+SMALLEST_NORMAL = 2.0**-14
 
 
 def chunks(size: int) -> list[tuple[int, int, int]]:
@@ -152,6 +159,91 @@ def _ratio(sinks: Tensor, sources: Tensor) -> float | Tensor:
     return (_tokens(sinks) / _tokens(sources)).to(sinks.dtype)
 
 
+_Flows = tuple[Tensor, Tensor, Tensor, Tensor]
+"""q / i (B, H, L, D), Î L/S (B, H, L, 1), Ô (B, H, S, 1) and k (B, H, S, D); k may be divided
+by a factor of its mean's that q / i then has."""
+
+
+def _token_flows(q: Tensor, k: Tensor, variant: FlowVariant) -> _Flows:
+    q, k = feature_map(q, variant), feature_map(k, variant)
+    eps, outer = variant.eps, variant.outer_eps
+    ratio = _ratio(q, k)
+    per_sink, per_source = _share(q), _share(k)
+
+    def dot(a: Tensor, mean: Tensor, share: float | Tensor) -> Tensor:
+        """(a + ε) · (mean + ε share) + ε₂ share."""
+        mean = mean.transpose(2, 3) + eps * share
+        return a @ mean + (mean.sum(dim=2, keepdim=True) * eps + outer * share)
+
+    incoming = dot(q, token_mean(k), per_source)
+    outgoing = dot(k, token_mean(q), per_sink)
+    normalized = q / incoming
+    sink = dot(q, token_mean(k / outgoing), ratio)
+    return normalized, sink, dot(k, scaled(token_mean(normalized), ratio), 1.0), k
+
+
+def _head_flows(q: Tensor, k: Tensor, variant: FlowVariant) -> _Flows:
+    q, k = feature_map(q, variant), feature_map(k, variant)
+
+    def flow(a: Tensor, b: Tensor) -> Tensor:
+        product = (a + variant.eps) * (b.sum(dim=1, keepdim=True) + variant.eps)
+        return product.sum(dim=3, keepdim=True) + variant.outer_eps
+
+    normalized = q / flow(q, k)
+    return normalized, flow(q, k / flow(k, q)), flow(k, normalized), k
+
+
+def _relu_flows(q: Tensor, k: Tensor, variant: FlowVariant) -> _Flows:
+    """Compute the flows of the features relu(x) + ε with every factor of a product near 1.
+
+    With s_i the largest of relu(q_i), and S and T the largest of the means of relu(q) and of
+    relu(k) (each at least 2⁻¹⁴), the factors cancel as the N of the means do:
+
+        i'_i = ((q_i + ε) / s_i) · ((m_k + ε/S') / T) + ε₂ / (S' s_i T) = i_i / (s_i T)
+        q_i / i_i = ((q_i / s_i) / i'_i) / T
+        Î_i L/S' = s_i/S ((q_i + ε) / s_i) · (mean_j(S k_j / o_j) + S ε L/S') + ε₂ L/S'
+
+    (S' sources), and o, k / o and Ô likewise. ε / s_i is (ε 2¹⁴) (2⁻¹⁴ / s_i): both are normal
+    numbers where a token has nothing but ε, and where they are not, ε is below 2⁻¹⁴ of s_i.
+    Exact in exact arithmetic, ε included.
+    """
+    floor = max(SMALLEST_NORMAL, variant.eps)
+    eps, outer = variant.eps / floor, variant.outer_eps / floor**2
+    ratio = _ratio(q, k)
+    per_sink, per_source = _share(q), _share(k)
+
+    def divided(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return relu(x) / s, floor / s and s of each row."""
+        least = torch.full_like(x[:, :, :, :1], floor)
+        largest = torch.maximum(x.amax(dim=3, keepdim=True), least)
+        return x / largest, least / largest, largest
+
+    q, k = q.relu(), k.relu()
+    q_mean, q_small, q_all = divided(token_mean(q))
+    k_mean, k_small, k_all = divided(token_mean(k))
+    q, q_unit, q_each = divided(q)
+    k, k_unit, k_each = divided(k)
+
+    def dot(a: Tensor, unit: Tensor, mean: Tensor) -> Tensor:
+        """The feature is relu(x) + ε, and the flow's factor has another ε."""
+        return (a + unit * (2 * eps)) @ mean.transpose(2, 3)
+
+    incoming = dot(q, q_unit, k_mean + k_small * (eps * (1 + per_source)))
+    outgoing = dot(k, k_unit, q_mean + q_small * (eps * (1 + per_sink)))
+    if outer:
+        incoming = incoming + q_unit * k_small * (outer * per_source)
+        outgoing = outgoing + k_unit * q_small * (outer * per_sink)
+    normalized = (q + q_unit * eps) / incoming
+    sources = token_mean((k + k_unit * eps) / outgoing)
+    sinks = scaled(token_mean(normalized), ratio)
+    # S ε as (S floor) (ε / floor), for the same reason.
+    sink = dot(q, q_unit, sources + scaled(q_all * floor * eps, ratio)) * (q_each / q_all)
+    source = dot(k, k_unit, sinks + k_all * floor * eps) * (k_each / k_all)
+    if outer:
+        sink, source = sink + variant.outer_eps * ratio, source + variant.outer_eps
+    return normalized, sink, source, (k + k_unit * eps) * (k_each / k_all)
+
+
 def means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     """Compute Flow-Attention by means instead of sums, every mean in two stages.
 
@@ -159,8 +251,7 @@ def means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     a subnormal: where it is flushed, the result is the one for ε = 0, and rows
     whose features are all below 6e-8 become 0/0.
 
-    Of ``relu`` features, which have no upper end, D times the square of the largest must stay
-    below 65,504 in half; the range check tells where it does not.
+    Of ``relu`` features ε is kept even there: see :func:`_relu_flows`.
 
     Where the result itself grows with N (competition over heads, flows over
     heads) it is scaled last, in two steps of √S.
@@ -169,32 +260,13 @@ def means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     """
     variant = prepare(q, k, v, arguments, "means")
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    q, k = feature_map(q, variant), feature_map(k, variant)
-    eps, outer = variant.eps, variant.outer_eps
     sources = k.shape[2]
-    if variant.flow_axis == "tokens":
-        ratio = _ratio(q, k)
-        per_sink, per_source = _share(q), _share(k)
-
-        def dot(a: Tensor, mean: Tensor, share: float | Tensor) -> Tensor:
-            """(a + ε) · (mean + ε share) + ε₂ share."""
-            mean = mean.transpose(2, 3) + eps * share
-            return a @ mean + (mean.sum(dim=2, keepdim=True) * eps + outer * share)
-
-        incoming = dot(q, token_mean(k), per_source)
-        outgoing = dot(k, token_mean(q), per_sink)
-        normalized = q / incoming
-        allocation = dot(q, token_mean(k / outgoing), ratio).sigmoid()
-        source = dot(k, scaled(token_mean(normalized), ratio), 1.0)
+    if variant.flow_axis == "heads":
+        flows = _head_flows
     else:
-
-        def flow(a: Tensor, b: Tensor) -> Tensor:
-            return ((a + eps) * (b.sum(dim=1, keepdim=True) + eps)).sum(dim=3, keepdim=True) + outer
-
-        normalized = q / flow(q, k)
-        allocation = flow(q, k / flow(k, q)).sigmoid()
-        source = flow(k, normalized)
-
+        flows = _relu_flows if variant.feature_map == "relu" else _token_flows
+    normalized, sink, source, k = flows(q, k, variant)
+    allocation = sink.sigmoid()
     grown = variant.flow_axis == "heads" or variant.competition_axis == "heads"
     small = 1.0  # the competition is held at 1/small of its value, which may be up to S
     if variant.competition_axis == "heads":
