@@ -211,10 +211,10 @@ def _relu_flows(q: Tensor, k: Tensor, variant: FlowVariant) -> _Flows:
     eps, outer = variant.eps / floor, variant.outer_eps / floor**2
     ratio = _ratio(q, k)
     per_sink, per_source = _share(q), _share(k)
+    least = q.new_full((1,), floor)
 
     def divided(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return relu(x) / s, floor / s and s of each row."""
-        least = torch.full_like(x[:, :, :, :1], floor)
         largest = torch.maximum(x.amax(dim=3, keepdim=True), least)
         return x / largest, least / largest, largest
 
