@@ -19,6 +19,7 @@ from flowexport.core.errors import (
 from flowexport.core.pixels import Pixels, round_dataset
 from flowexport.core.types import Availability, Options, Precision, TensorSpec, float_precision
 from flowexport.logits import calibrate_subject
+from flowexport.pinned import check_pinned
 from flowexport.rangecheck import (
     COMPUTES_WIDE,
     TargetCheck,
@@ -142,6 +143,7 @@ def make_plan(
     Staging(place, force=force).check()
     subject = resolve(recipe, calibrated=require_calibration(recipe, list(options)))
     _check_kept(recipe, subject, options)
+    check_pinned(subject, options)
     if max_accuracy_drop is not None and subject.dataset is None:
         raise InputError(
             f"convert {recipe.name}: max-accuracy-drop is {max_accuracy_drop:g} points and the"

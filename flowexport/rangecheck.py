@@ -182,8 +182,7 @@ def check_target(
     Raises:
         UnknownNameError: no such precision, or no such arithmetic in it.
     """
-    from flowexport.ops.flow_attention.lowered import DESCRIPTOR, FORMS, applicable
-    from flowexport.ops.flow_attention.op import variant_of
+    from flowexport.ops.flow_attention.lowered import DESCRIPTOR, FORMS, misfit
 
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS, where="check")
@@ -213,9 +212,8 @@ def check_target(
     bad = [layer for layer in layers if not _safe(layer.chosen, decisive)]
     taken: str | None = None
     if bad and pinned is None:
-        forms = [set(applicable(variant_of(c.site.arguments))) for c in known]
         # In the table's order, which has the published form first: it is tried last.
-        candidates = [f for f in reversed(list(FORMS)) if all(f in names for names in forms)]
+        candidates = [f for f in reversed(list(FORMS)) if not any(misfit(f, c.site) for c in known)]
         taken = next(
             (
                 form

@@ -257,7 +257,7 @@ def _try_forward(module: nn.Module, spec: ModelSpec, recipe: Recipe) -> ModelSpe
     import torch
 
     names = {d for s in spec.inputs for d in s.shape if isinstance(d, str)}
-    tensors = [_zeros(s.static(**dict.fromkeys(names, 2))) for s in spec.inputs]
+    tensors = [zeros(s.static(**dict.fromkeys(names, 2))) for s in spec.inputs]
     try:
         with torch.no_grad():
             results = module(*tensors)
@@ -304,7 +304,8 @@ def _lengths(recipe: Recipe, spec: ModelSpec, module: nn.Module) -> tuple[int, .
     return lengths
 
 
-def _zeros(spec: TensorSpec) -> Any:
+def zeros(spec: TensorSpec) -> Any:
+    """Return a tensor of zeros of a static spec."""
     import torch
 
     shape = [int(d) for d in spec.shape]

@@ -85,6 +85,11 @@ def test_checkpoint(tmp_path: Path, capsys: Capture, kind: str, words: list[str]
         (RECIPE.replace("targets:", "tagets:"), [], ["tiny.yaml:7", "did you mean 'targets'?"]),
         (RECIPE.replace("onnx: {}", "onnx: {opsett: 3}"), [], ["tiny.yaml:8", "opsett", "opset"]),
         (RECIPE.replace("onnx: {}", "onnx: {form: fast}"), [], ["tiny.yaml:8", "'fast'"]),
+        (
+            RECIPE.replace("onnx: {}", "onnx: {form: causal_chunked}"),
+            [],
+            ["tiny.yaml:8", "is not causal; expected one of: channel_first,", "drop `form`"],
+        ),
         (RECIPE, ["--target", "onx"], ["unknown target 'onx'", "did you mean 'onnx'?"]),
         (RECIPE, ["--require", "onx"], ["unknown target 'onx'"]),
         (RECIPE, ["--precision", "int8"], ["unknown precision 'int8'", "fp16, fp32"]),

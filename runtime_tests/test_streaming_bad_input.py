@@ -48,13 +48,26 @@ VISION = """
             [("model:" + CAUSAL.rstrip("\n"), f"model: {GPT}"), ("[70]", "[9]")],
             ["idx has length 9; expected at most 8"],
         ),
+        (
+            [("  onnx: {}\ntol", "  onnx: {form: means}\ntol")],
+            ["yaml:9: form of onnx is 'means'", "is causal; expected one of: causal_chunked,"],
+        ),
+        (
+            [
+                ("  onnx: {}\ntol", "  onnx: {form: causal_chunked}\ntol"),
+                ("streaming: {lengths: [70]}", "streaming: false"),
+                ("targets:", "inputs: {x: batchxframesx3}\ntargets:"),
+            ],
+            ["has a dynamic length; expected one of: causal_means, causal_triangular, published"],
+        ),
         ([("{lengths: [70]}", "yes please")], ["streaming is 'yes please'; expected"]),
         ([("{lengths: [70]}", "{lengths: []}")], ["streaming.lengths"]),
         ([("{lengths: [70]}", "{lengths: [0]}")], ["streaming.lengths.0 is 0"]),
         ([("{lengths: [70]}", "{length: [4]}")], ["unknown key 'length' in streaming"]),
     ],
     ids=[
-        "target", "precision", "model", "dynamic", "too-long", "word", "empty", "zero", "key",
+        "target", "precision", "model", "dynamic", "too-long", "form", "form-of-dynamic", "word",
+        "empty", "zero", "key",
     ],
 )  # fmt: skip
 def test_refused(

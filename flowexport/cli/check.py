@@ -52,6 +52,7 @@ def check(
     every target; 3: on some target none is, and the conversion would fail.
     """
     from flowexport.logits import calibrate_subject
+    from flowexport.pinned import check_pinned
     from flowexport.plan import override
     from flowexport.rangecheck import PRECISIONS, check_document, check_target
     from flowexport.registry import TARGETS
@@ -68,12 +69,14 @@ def check(
         specs = [options.parse_input(text) for text in inputs]
         recipe = override(find_recipe(source), weights=weights, inputs=specs)
         subject = resolve(recipe)
+        asked = {name: recipe.options(name) for name in target or recipe.targets or TARGETS.names()}
+        check_pinned(subject, asked)
         progress.stage("calibrate")
         calls, told = calibrate_subject(subject, given)
         found = {}
-        for name in target or list(recipe.targets or TARGETS.names()):
+        for name, wanted in asked.items():
             progress.stage(f"check {name} {precision}")
-            pinned = recipe.options(name).extra.get("form")
+            pinned = wanted.extra.get("form")
             found[name] = check_target(
                 name, precision, calls, pinned=pinned, require=arithmetic, samples=told
             )

@@ -49,6 +49,8 @@ class AttentionDescriptor:
         choose: (target, precision, site) -> Choice; the one table of forms.
         attributes: the operator's plain arguments as ONNX attributes; None where
             the operator has no ONNX node and is always decomposed.
+        misfit: (form, site) -> what of the attention the form does not compute, as a
+            predicate ("is causal"), or None where it does; left out where all do.
     """
 
     name: str
@@ -56,3 +58,14 @@ class AttentionDescriptor:
     forms: Mapping[str, Callable[..., Any]]
     choose: Callable[[str, str, AttentionSite], Choice]
     attributes: Callable[[tuple[Any, ...]], dict[str, Any]] | None = None
+    misfit: Callable[[str, AttentionSite], str | None] | None = None
+
+    def misfit_of(self, form: str, site: AttentionSite) -> str | None:
+        """Return why a form does not compute an attention, or None."""
+        if form not in self.forms:
+            return "has no such form"
+        return None if self.misfit is None else self.misfit(form, site)
+
+    def fitting(self, site: AttentionSite) -> set[str]:
+        """Return the forms that compute an attention."""
+        return {form for form in self.forms if self.misfit_of(form, site) is None}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowexport.ops.descriptor import AttentionDescriptor
+from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite
 from flowexport.ops.flow_attention.causal import causal_chunked, causal_triangular
 from flowexport.ops.flow_attention.causal_half import causal_means
 from flowexport.ops.flow_attention.half import means
@@ -52,6 +52,20 @@ def applicable(variant: FlowVariant) -> tuple[str, ...]:
     )
 
 
+# Their chunks are counted when the graph is made.
+STATIC_LENGTH = ("causal_chunked", "causal_chunked_heads")
+
+
+def misfit(form: str, site: AttentionSite) -> str | None:
+    """Return what of an attention a form does not compute, or None where it computes it."""
+    variant = variant_of(site.arguments)
+    if form not in applicable(variant):
+        return "is causal" if variant.causal else "is not causal"
+    if form in STATIC_LENGTH and not isinstance(site.k_shape[1], int):
+        return "has a dynamic length"
+    return None
+
+
 def attributes(arguments: tuple[Any, ...]) -> dict[str, Any]:
     """Return the ONNX attributes of a FlowAttention node (no attribute means the default)."""
     variant = variant_of(arguments)
@@ -74,4 +88,5 @@ DESCRIPTOR = AttentionDescriptor(
     forms=FORMS,
     choose=choose,
     attributes=attributes,
+    misfit=misfit,
 )
