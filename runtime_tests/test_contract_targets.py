@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,28 @@ def test_artifact_describes_its_file(target: Target, artifacts: dict[Precision, 
         assert artifact.form and artifact.toolchain
         again = json.loads(json.dumps(artifact.to_json(artifact.path.parent)))
         assert Artifact.from_json(again, artifact.path.parent).inputs == artifact.inputs
+
+
+ANOTHER_PROCESS = """
+import sys
+from pathlib import Path
+from test_contract_targets import TARGETS, Options, Precision, program
+made = TARGETS.get(sys.argv[1]).convert(program(Precision.FP32), Options(), Path(sys.argv[2]))
+print(made.sha256)
+"""
+
+
+def test_another_process_writes_the_same_bytes(
+    target: Target, artifacts: dict[Precision, Artifact], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ANOTHER_PROCESS, target.name, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    # The hash alone: converters that print would break the CLI's --json.
+    assert done.stdout == f"{artifacts[Precision.FP32].sha256}\n", done.stderr[-2000:]
 
 
 def test_inspect_reads_the_same_from_the_file(

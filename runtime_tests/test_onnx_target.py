@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 
 from flowexport.core.errors import BundleError, ConversionError, FlowExportError, InputError
-from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Options, Precision
 from flowexport.ops.flow_attention import VARIANTS
 from flowexport.targets.onnx import TARGET
@@ -146,26 +144,6 @@ def test_attentions_are_recorded(vision: Artifact) -> None:
     assert [s["module"] for s in sites] == ["one", "two"]
     assert all(s["form"] and s["reason"] for s in sites)
     assert {s["function"] for s in sites} == {"flowexport::FlowAttention"}
-
-
-CONVERT = """
-import sys, onnx_programs as p
-from pathlib import Path
-from flowexport.core.types import Options
-from flowexport.targets.onnx import TARGET
-print(TARGET.convert(p.program(p.net("vision"), "net"), Options(), Path(sys.argv[1])).sha256)
-"""
-
-
-def test_another_process_gives_the_same_bytes(vision: Artifact, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT, str(tmp_path)],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split()[-1] == sha256_file(tmp_path / "net.onnx") == vision.sha256
 
 
 def test_file_tells_nothing_of_the_machine(vision: Artifact) -> None:
