@@ -186,6 +186,88 @@ def test_other_targets_prove_their_rules_and_stay_close(
         assert 0 < error <= limit
 
 
+def added(values: np.ndarray) -> Any:
+    """Return a TFLite model of y = x + values, and of z = x with one scale for each channel."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    def tensor(name: str, shape: list[int], buffer: int = 0) -> Any:
+        made = schema.TensorT()
+        made.name, made.shape, made.buffer = name.encode(), shape, buffer
+        made.quantization = schema.QuantizationParametersT()
+        return made
+
+    model, graph = schema.ModelT(), schema.SubGraphT()
+    model.version, model.metadata = 3, []
+    model.buffers = [schema.BufferT(), schema.BufferT()]
+    model.buffers[1].data = values.view(np.uint8).ravel()
+    code = schema.OperatorCodeT()
+    code.version, code.builtinCode = 1, schema.BuiltinOperator.ADD
+    model.operatorCodes = [code]
+    graph.tensors = [
+        tensor("x", [*values.shape]), tensor("c", [*values.shape], 1), tensor("y", [*values.shape])
+    ]  # fmt: skip
+    add = schema.OperatorT()
+    add.inputs, add.outputs = [0, 1], [2]
+    add.builtinOptionsType = schema.BuiltinOptions.AddOptions
+    add.builtinOptions = schema.AddOptionsT()
+    graph.operators, graph.inputs, graph.outputs = [add], [0], [2]
+    model.subgraphs = [graph]
+    ends = [schema.TensorMapT(), schema.TensorMapT()]
+    for end, (name, index) in zip(ends, (("x", 0), ("y", 2)), strict=True):
+        end.name, end.tensorIndex = name.encode(), index
+    signature = schema.SignatureDefT()
+    signature.signatureKey, signature.inputs, signature.outputs = b"main", ends[:1], ends[1:]
+    model.signatureDefs = [signature]
+    return model
+
+
+def test_large_tflite_constants_are_stored_in_half_and_small_ones_are_not(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert")
+    from flowexport.targets.tflite import flatbuffer
+    from flowexport.targets.tflite.half import store_in_half
+    from flowexport.targets.tflite.session import open_interpreter
+
+    table = RNG.standard_normal((1, 32, 64)).astype(np.float32)
+    small, huge = table[:, :, :8].copy(), table * 1e6
+    for values, saved in ((table, table.size * 2), (small, 0), (huge, 0)):
+        model, path = added(values), tmp_path / "m.tflite"
+        told = store_in_half(model)
+        assert told == {"constants": int(saved > 0), "bytes_saved": saved}
+        flatbuffer.write_model(model, path, {})
+        read = flatbuffer.read_model(path)
+        assert flatbuffer.constant_bytes(read) == (
+            {"float16": saved} if saved else {"float32": values.nbytes}
+        )
+        runner = open_interpreter(path, 1).get_signature_runner("main")
+        wanted = values.astype(np.float16).astype(np.float32) if saved else values
+        assert np.array_equal(runner(x=np.zeros_like(values))["y"], wanted)
+
+
+def test_a_tflite_file_has_equal_vectors_once_and_reads_back_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert")
+    from flowexport.targets.tflite import flatbuffer
+
+    sizes = {}
+    for channels in (64, 1064):
+        model = added(RNG.standard_normal((1, 2, 4)).astype(np.float32))
+        for tensor in model.subgraphs[0].tensors:
+            tensor.quantization.scale = np.linspace(1, 2, channels, dtype=np.float32)
+            tensor.quantization.zeroPoint = np.zeros(channels, np.int64)
+        path = tmp_path / f"{channels}.tflite"
+        flatbuffer.write_model(model, path, {})
+        sizes[channels] = path.stat().st_size
+        read = flatbuffer.read_model(path).subgraphs[0]
+        for tensor in read.tensors:
+            assert list(tensor.shape) == [1, 2, 4]
+            assert np.array_equal(
+                tensor.quantization.scale, np.linspace(1, 2, channels, dtype=np.float32)
+            )
+            assert len(tensor.quantization.zeroPoint) == channels
+        assert [list(o.inputs) for o in read.operators] == [[0, 1]]
+    # 4 bytes of scale and 8 of zero point a channel, once for the three tensors.
+    assert 12_000 <= sizes[1064] - sizes[64] < 12_100
+
+
 # Calibration
 
 

@@ -7,7 +7,7 @@ that is what layers are recognised by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.export.graph_signature import InputKind
 
+from flowexport.core.errors import ConversionError
 from flowexport.lowering.program import LoweredProgram, module_path
 
 _LINEAR = {torch.ops.aten.linear.default}
@@ -134,6 +135,52 @@ class LayerIndex:
                 if apart < _SAME and (best is None or apart < best[0]):
                     best = (apart, layer.path, taken)
         return None if best is None else best[1:]
+
+
+class OperatorNames:
+    """Unique names for a file's weighted operators, after the modules whose weights they hold.
+
+    Attributes:
+        paths: the module paths by the name given.
+    """
+
+    def __init__(self, layers: Sequence[Layer], where: str, taken: Iterable[str] = ()) -> None:
+        """
+        Args:
+            where: the start of a message.
+            taken: names that the file has already.
+        """
+        self.paths: dict[str, tuple[str, ...]] = {}
+        self._index = LayerIndex(layers)
+        self._where = where
+        self._taken = set(taken)
+
+    def name(self, operator: str, weight: np.ndarray, shape: Sequence[int]) -> str:
+        """Return the name of an operator: ``path``, ``path.2`` where that is taken, ``a+b`` of two.
+
+        Args:
+            operator: what the file calls it, for messages.
+            weight: (output channels, values a channel).
+            shape: of the weight as the file has it, for messages.
+
+        Raises:
+            ConversionError: the weight is that of no layer.
+        """
+        paths = self._index.find(weight)
+        if not paths:
+            raise ConversionError(
+                f"{self._where}: {operator} has a weight {list(shape)} of no known layer;"
+                " expected one of the program's.",
+                fix="--precision fp32 or fp16",
+            )
+        stem = name = "+".join(paths)
+        count = 1
+        while name in self._taken:
+            count += 1
+            name = f"{stem}.{count}"
+        self._taken.add(name)
+        self.paths[name] = paths
+        return name
 
 
 def _fingerprint(channel: np.ndarray) -> np.ndarray:

@@ -59,16 +59,19 @@ class Quantisation:
         decisions: one a layer, in execution order.
         found: module path -> what the finished file does there.
         calibration: name and number of the samples, or None.
+        half: number of constants beside the layers that are stored in half, and bytes saved.
     """
 
     decisions: tuple[Decision, ...]
     found: Mapping[str, str]
     calibration: Mapping[str, Any] | None = None
+    half: Mapping[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "layers": [{**d.to_json(), "found": self.found[d.path]} for d in self.decisions],
             "calibration": self.calibration,
+            **({} if self.half is None else {"half": dict(self.half)}),
         }
 
 

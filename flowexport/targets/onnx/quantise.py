@@ -16,7 +16,7 @@ import numpy as np
 
 from flowexport.core.errors import ConversionError
 from flowexport.core.types import Options, Precision
-from flowexport.lowering.layers import LayerIndex, weighted_layers
+from flowexport.lowering.layers import Layer, OperatorNames, weighted_layers
 from flowexport.lowering.program import LoweredProgram
 from flowexport.lowering.quantisation import (
     Quantisation,
@@ -67,7 +67,7 @@ def quantise(
     )
     static = options.precision is Precision.INT8_STATIC
     model = _split_biases(model) if static else _split_gemms(model)
-    paths = _name_nodes(model, LayerIndex(layers), where)
+    paths = _name_nodes(model, layers, where)
     nodes = {name: treatment_of(parts, decisions) for name, parts in paths.items()}
     integer = [n for n, t in nodes.items() if t is Treatment.INTEGER]
     functions = [f.SerializeToString(deterministic=True) for f in model.functions]
@@ -145,32 +145,20 @@ def _channels(tensor: Any, axis: int) -> np.ndarray:
     return values.reshape(len(values), -1)
 
 
-def _name_nodes(model: ModelProto, index: LayerIndex, where: str) -> dict[str, tuple[str, ...]]:
+def _name_nodes(
+    model: ModelProto, layers: Sequence[Layer], where: str
+) -> dict[str, tuple[str, ...]]:
     """Name each weighted node after its module; return the module paths by node name."""
     initializers = {i.name: i for i in model.graph.initializer}
-    taken = {n.name for n in model.graph.node}
-    named: dict[str, tuple[str, ...]] = {}
+    names = OperatorNames(layers, where, taken=(n.name for n in model.graph.node))
     for node in model.graph.node:
         place = _weight(node, initializers)
         if place is None:
             continue
         tensor = initializers[node.input[place[0]]]
-        paths = index.find(_channels(tensor, place[1]))
-        if not paths:
-            raise ConversionError(
-                f"{where}: node {node.name or node.output[0]} has a weight {list(tensor.dims)} of"
-                " no known layer; expected one of the program's.",
-                fix="--precision fp32 or fp16",
-            )
-        stem = name = "+".join(paths)
-        count = 1
-        while name in taken:
-            count += 1
-            name = f"{stem}.{count}"
-        taken.add(name)
-        node.name = name
-        named[name] = paths
-    return named
+        operator = f"node {node.name or node.output[0]}"
+        node.name = names.name(operator, _channels(tensor, place[1]), tensor.dims)
+    return names.paths
 
 
 def _dynamic(model: ModelProto, nodes: Sequence[str]) -> ModelProto:

@@ -56,11 +56,25 @@ def read_model(path: Path) -> Any:
 def write_model(model: Any, path: Path, metadata: Mapping[str, bytes]) -> None:
     """Write ``model`` with named metadata buffers added, constants aligned to 16 bytes.
 
+    Equal shapes, scales and zero points are written once: the runtime wants a zero point of
+    8 bytes for each of a weight's channels, which are all 0.
+
     Raises:
         ConversionError: the model exceeds a flatbuffer's 2 GiB.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
+
+    class SharingBuilder(flatbuffers.Builder):  # type: ignore[misc]
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            self._written: dict[tuple[str, bytes], int] = {}
+
+        def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802
+            key = (x.dtype.str, x.tobytes())
+            if key not in self._written:
+                self._written[key] = super().CreateNumpyVector(x)
+            return self._written[key]
 
     class AlignedBuffer(schema.BufferT):  # type: ignore[misc] # its Pack ignores force_align
         def Pack(self, builder: Any) -> Any:  # noqa: N802 - flatbuffers' name
@@ -96,10 +110,26 @@ def write_model(model: Any, path: Path, metadata: Mapping[str, bytes]) -> None:
     for i, old in enumerate(model.buffers):
         model.buffers[i] = AlignedBuffer()
         model.buffers[i].data = old.data
-    builder = flatbuffers.Builder(size + (1 << 20))
+    _tidy(model)
+    builder = SharingBuilder(size + (1 << 20))
     builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
     with path.open("wb") as stream:
         stream.write(memoryview(builder.Bytes)[builder.Head() :])
+
+
+def _tidy(model: Any) -> None:
+    """Turn lists of numbers into arrays, which can be shared, and drop empty quantisation."""
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            if tensor.shape is not None:
+                tensor.shape = np.asarray(tensor.shape, np.int32)
+            told = tensor.quantization
+            parts = ("scale", "zeroPoint", "min", "max", "details")
+            if told is not None and all(getattr(told, part) is None for part in parts):
+                tensor.quantization = None
+        for op in graph.operators:
+            for ends in ("inputs", "outputs"):
+                setattr(op, ends, np.asarray(getattr(op, ends), np.int32))
 
 
 def signatures(model: Any) -> list[str]:

@@ -163,7 +163,7 @@ def metadata_buffer(
 
 def append_files(path: Path, header: dict[str, Any], labels: Sequence[str]) -> None:
     """Append ``flowexport.json`` and ``labels.txt`` as a zip without timestamps."""
-    files = {HEADER_FILE: json.dumps(header, indent=1, sort_keys=True)}
+    files = {HEADER_FILE: json.dumps(header, sort_keys=True, separators=(",", ":"))}
     if labels:
         files[LABELS_FILE] = "".join(f"{label}\n" for label in labels)
     with zipfile.ZipFile(path, "a") as archive:

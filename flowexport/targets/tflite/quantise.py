@@ -18,7 +18,7 @@ import numpy as np
 from flowexport.core.errors import ConversionError
 from flowexport.core.types import Options, Precision
 from flowexport.lowering import LoweredProgram
-from flowexport.lowering.layers import LayerIndex, weighted_layers
+from flowexport.lowering.layers import Layer, OperatorNames, weighted_layers
 from flowexport.lowering.quantisation import (
     Quantisation,
     Treatment,
@@ -27,6 +27,7 @@ from flowexport.lowering.quantisation import (
     read_samples,
     treatment_of,
 )
+from flowexport.targets.tflite.half import store_in_half
 
 WEIGHTED = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")
 _BETWEEN = ("QUANTIZE", "DEQUANTIZE")
@@ -43,7 +44,7 @@ def quantise(
 
     ``int8-dynamic``: int8 weights, the runtime rounds activations; ``int8-static``:
     int8 on both sides of a product, float32 between products; ``int8-weights``:
-    int8 weights behind DEQUANTIZE.
+    int8 weights behind DEQUANTIZE. Large constants beside the layers are stored in half.
 
     Args:
         content: the flatbuffer.
@@ -68,7 +69,7 @@ def quantise(
     layers = weighted_layers(program)
     decisions = decide(layers, options.precision, options.keep_float, where=where)
     model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
-    names = _name_operators(model, LayerIndex(layers), where)
+    names = _name_operators(model, layers, where)
     wanted = {name: treatment_of(paths, decisions) for name, paths in names.items()}
     calibration = None
     with _on_stderr():
@@ -94,11 +95,13 @@ def quantise(
                 f" {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
                 fix="--precision fp16",
             ) from error
-    found = _found(
-        flatbuffer_utils.convert_bytearray_to_object(bytearray(result)), model, names, where
-    )
+    # Its constants may lie behind the flatbuffer.
+    finished = flatbuffer_utils.read_model_from_bytearray(bytearray(result))
+    found = _found(finished, model, names, where)
     prove(decisions, found, names, where)
-    return result, Quantisation(decisions, found, calibration)
+    half = store_in_half(finished)
+    result = flatbuffer_utils.convert_object_to_bytearray(finished)
+    return result, Quantisation(decisions, found, calibration, half)
 
 
 def _add_rule(
@@ -155,12 +158,12 @@ def _operators(model: Any) -> Iterator[tuple[Any, Any, str]]:
             yield graph, op, names.get(builtin, str(builtin))
 
 
-def _name_operators(model: Any, index: LayerIndex, where: str) -> dict[str, tuple[str, ...]]:
+def _name_operators(model: Any, layers: Sequence[Layer], where: str) -> dict[str, tuple[str, ...]]:
     """Name the output of each weighted operator after its module; return the paths by name."""
-    named: dict[str, tuple[str, ...]] = {}
+    names = OperatorNames(layers, where)
     for graph in model.subgraphs:
         for i, tensor in enumerate(graph.tensors):
-            tensor.name = f"t{i}".encode()  # the converter's names weigh as much as small layers
+            tensor.name = f"{i:x}".encode()  # the converter's names weigh as much as small layers
     for graph, op, kind in _operators(model):
         if kind not in WEIGHTED:
             continue
@@ -172,22 +175,9 @@ def _name_operators(model: Any, index: LayerIndex, where: str) -> dict[str, tupl
         weight = np.asarray(data).view(np.uint8).view(np.float32).reshape(shape)
         # A convolution of one channel becomes a depthwise one, its output channels last.
         weight = np.moveaxis(weight, -1, 0) if kind.startswith("DEPTHWISE") else weight
-        weight = weight.reshape(len(weight), -1)
-        paths = index.find(weight)
-        if not paths:
-            raise ConversionError(
-                f"{where}: a {kind} has a weight {shape} of no known layer; expected one of the"
-                " program's.",
-                fix="--precision fp32 or fp16",
-            )
-        stem = name = "+".join(paths)
-        count = 1
-        while name in named:
-            count += 1
-            name = f"{stem}.{count}"
+        name = names.name(f"a {kind}", weight.reshape(len(weight), -1), shape)
         graph.tensors[op.outputs[0]].name = name.encode()
-        named[name] = paths
-    return named
+    return names.paths
 
 
 def _found(
