@@ -59,10 +59,13 @@ def pad_dataset(recipe: Recipe, dataset: Dataset, spec: ModelSpec) -> Dataset:
 
     fitted, kept = fit_lengths(dataset, spec.inputs)
     if len(kept) < len(dataset):
+        ((dimension, lengths),) = (recipe.buckets or {"length": ()}).items()
+        longest = int(real_steps(dataset).max())
         raise RecipeError(
             f"{recipe.where('buckets')}: {len(dataset) - len(kept)} of the {len(dataset)} samples"
             f" of {dataset.name} are longer than the longest bucket; expected one of"
-            f" {int(real_steps(dataset).max())} or more."
+            f" {longest} or more.",
+            fix=f"buckets: {{{dimension}: {[*lengths, longest]}}}",
         )
     return fitted
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import is_zipfile
 
 import numpy as np
 
@@ -102,17 +103,31 @@ def write_samples(dataset: Dataset, path: Path) -> None:
     save_file(dict(dataset.inputs), path, {"name": dataset.name})
 
 
-def _read_file(path: Path, where: str) -> Dataset:
+def read_arrays(path: Path, where: str, fix: str) -> dict[str, np.ndarray]:
+    """Read a user's ``.npz`` file.
+
+    Args:
+        where: begins the message.
+        fix: the command that makes such a file.
+
+    Raises:
+        InputError: it is no such file, or holds Python objects.
+    """
     try:
+        if path.is_file() and not is_zipfile(path):
+            raise ValueError("it is no archive of arrays, or cut short")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            return {name: file[name] for name in file.files}
     except (OSError, ValueError, AttributeError, EOFError) as error:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        text = text.splitlines()[0].rstrip(".")
         raise InputError(
-            f"{where}: cannot be read: {text}; expected a .npz file.",
-            fix="numpy.savez(FILE, targets=classes, **{input: array})",
+            f"{where}: cannot be read: {text.splitlines()[0].rstrip('.')}; expected a .npz file.",
+            fix=fix,
         ) from error
+
+
+def _read_file(path: Path, where: str) -> Dataset:
+    arrays = read_arrays(path, where, "numpy.savez(FILE, targets=classes, **{input: array})")
     targets = arrays.pop("targets", None)
     if targets is None or targets.ndim != 1 or targets.dtype.kind not in "iu":
         found = "no targets" if targets is None else f"targets {targets.dtype}{[*targets.shape]}"

@@ -201,8 +201,11 @@ buckets: {length: [16, 20]}
 evaluation: {dataset: japanese-vowels-test}
 """
     path.write_text(text)
-    with pytest.raises(RecipeError, match="longer than the longest bucket; expected one of 29"):
+    with pytest.raises(
+        RecipeError, match="longer than the longest bucket; expected one of 29"
+    ) as raised:
         resolve(load_recipe(path, TARGETS.names()))
+    assert raised.value.fix == "buckets: {length: [16, 20, 29]}"
     causal = text.replace("flowformer-", "flowformer-causal-").replace("-test", "-stream-test")
     path.write_text(causal.replace(", padding_mask: batchxlength", ""))
     with pytest.raises(RecipeError, match=r"jv\.yaml:4: .* is causal") as raised:

@@ -361,5 +361,8 @@ def test_samples_of_the_wrong_shape_are_refused(
     path = tmp_path / "samples.npz"
     np.savez(path, image=np.zeros((2, 1, 8, 8), np.float32))
     refused(capsys, 2, "image has shape", arguments=["check", "digits", "--samples", path])
-    path.write_bytes(b"not a zip")
-    refused(capsys, 2, "cannot be read", arguments=["check", "digits", "--samples", path])
+    whole = path.read_bytes()
+    for content in (b"not a zip", whole[: len(whole) // 2], b""):
+        path.write_bytes(content)
+        words = ["cannot be read: it is no archive of arrays, or cut short", "numpy.savez(FILE"]
+        refused(capsys, 2, *words, arguments=["check", "digits", "--samples", path])

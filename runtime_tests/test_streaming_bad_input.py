@@ -99,6 +99,19 @@ def test_a_dynamic_length_is_refused_before_anything_is_lowered(
     refused(capsys, 2, *words, arguments=arguments)
 
 
+def test_a_length_that_the_model_cannot_vary_is_told_with_its_condition(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        (CAUSAL.strip("\n"), VISION.strip("\n")),
+        ("streaming: {lengths: [70]}", "inputs: {x: batchxframesx3, padding_mask: batchxframes}"),
+    )
+    words = ["does not take every 'frames'", "<= 8", "buckets: {frames: [N, M]}"]
+    refused(capsys, 2, *words, arguments=["convert", recipe, "--out", tmp_path / "b"])
+    assert not (tmp_path / "b").exists()
+
+
 def test_an_older_system_than_functions_need_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,11 +10,9 @@ import typer
 
 from flowexport.cli import options
 from flowexport.cli.console import out_console, print_json, show_progress
-from flowexport.core.errors import EXIT_CONVERSION, EXIT_OK, InputError, UnknownNameError
+from flowexport.core.errors import EXIT_CONVERSION, EXIT_OK, UnknownNameError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from flowexport.ops.flow_attention.ranges import SiteVerdict
     from flowexport.rangecheck import TargetCheck
 
@@ -51,6 +49,7 @@ def check(
     devices that accumulate in half. Exit code 0: the form that is taken is safe on
     every target; 3: on some target none is, and the conversion would fail.
     """
+    from flowexport.calibration import read_arrays
     from flowexport.logits import calibrate_subject
     from flowexport.pinned import check_pinned
     from flowexport.plan import override
@@ -64,7 +63,10 @@ def check(
                 raise UnknownNameError("target", name, TARGETS.names())
         if precision not in PRECISIONS:
             raise UnknownNameError("precision", precision, PRECISIONS)
-        given = None if samples is None else _read_samples(samples)
+        given = None
+        if samples is not None:
+            fix = "numpy.savez(FILE, **{input: array})"
+            given = read_arrays(samples, f"check: the samples {samples}", fix)
         progress.stage("resolve")
         specs = [options.parse_input(text) for text in inputs]
         recipe = override(find_recipe(source), weights=weights, inputs=specs)
@@ -86,20 +88,6 @@ def check(
     else:
         _print(subject.spec.name, told, found)
     return EXIT_OK if safe else EXIT_CONVERSION
-
-
-def _read_samples(path: Path) -> Mapping[str, np.ndarray]:
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"check: the samples {path} cannot be read: {text}; expected a .npz file.",
-            fix="numpy.savez(FILE, **{input: array})",
-        ) from error
 
 
 def _print(model: str, told: str, found: Mapping[str, TargetCheck]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
@@ -178,6 +179,7 @@ def lower(
     Raises:
         LoweringError: ``torch.export`` refused the model, or it has another
             number of results than names.
+        InputError: the model does not take every size of a named dimension.
     """
     model = model.eval()
     if precision is Precision.FP16:
@@ -202,6 +204,7 @@ def lower(
                 model, example, dynamic_shapes=dynamic if names else None
             )
     except Exception as error:
+        _check_sizes(error, name, inputs)
         raise LoweringError(
             f"lower {name}: torch.export refused the model: {_first_line(error)}",
             fix="make forward free of data-dependent control flow, or fix the input shapes",
@@ -342,6 +345,24 @@ def _symbols(exported: ExportedProgram, inputs: Sequence[TensorSpec]) -> dict[st
 
 def _shape(value: torch.Tensor, symbols: Mapping[str, str]) -> tuple[int | str, ...]:
     return tuple(d if isinstance(d, int) else symbols.get(str(d), str(d)) for d in value.shape)
+
+
+def _check_sizes(error: Exception, name: str, inputs: Sequence[TensorSpec]) -> None:
+    """Raise InputError where torch.export found sizes that a dynamic dimension cannot have."""
+    violated = re.match(r"Constraints violated \(([^)]*)\)", str(error).strip())
+    if violated is None:
+        return
+    dimension = violated[1].split(",")[0].strip()
+    guards = re.findall(r"the generated guard (.+?)\.?$", str(error), re.MULTILINE)
+    told = f" (its condition: {'; '.join(guards)})" if guards else ""
+    shapes = ", ".join(f"{s.name} {'x'.join(map(str, s.shape))}" for s in inputs)
+    raise InputError(
+        f"lower {name}: the inputs are {shapes}, but the model does not take every"
+        f" {dimension!r}{told}; expected a number for that dimension.",
+        fix=f"a number in the shape, or several as `buckets: {{{dimension}: [N, M]}}` in the recipe"
+        if dimension != "batch"
+        else "a number in the shape, or a forward independent of the batch size",
+    ) from error
 
 
 def _first_line(error: Exception) -> str:
