@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from flowexport.core.errors import RecipeError, UnknownNameError
 from flowexport.core.reports import CaseResult, Tolerance
+from flowexport.core.stored import changed, stored
 from flowexport.parity import compare
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(2, 6))
@@ -192,3 +193,30 @@ def test_calibrated_ranges_clip_the_large_case_alone() -> None:
     assert "expected <= 0.1" in str(far.violation(without))
     assert "max_rel_clipped" not in without.to_json()
     assert Tolerance.from_json(limits.to_json()) == limits
+
+
+# Numbers of stored constants.
+
+
+def test_stored_numbers_tell_each_change_and_nothing_else() -> None:
+    rng = np.random.default_rng(3)
+    held = {
+        "w": rng.integers(-127, 128, (4, 6)).astype(np.int8),
+        "scale": rng.random(4).astype(np.float32),
+        "mask": np.array([0, -np.inf], np.float16),
+    }
+    wanted = json.loads(json.dumps(stored(held), allow_nan=False))
+    assert changed(stored(held), wanted) == []
+    assert stored({"w": held["scale"], "shape": np.array([4, 6])}) == {}, "float32 alone"
+    flipped, moved, scaled = held["w"].copy(), held["w"].copy(), held["scale"].copy()
+    flipped[1, 2] ^= 1
+    moved[[0, 1]] = moved[[1, 0]]
+    scaled[3] *= np.float32(1 + 2**-20)
+    for name, value in (("w", flipped), ("w", moved), ("scale", scaled)):
+        (line,) = changed(stored({**held, name: value}), wanted)
+        assert line.startswith(f"weight {name} has count, sum")
+    assert changed(stored({n: v for n, v in held.items() if n != "scale"}), wanted) == [
+        "weight scale is missing"
+    ]
+    (line,) = changed(stored({**held, "more": held["w"]}), wanted)
+    assert line == "weight more is not one that the manifest has"

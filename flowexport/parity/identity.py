@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from flowexport.core.stored import changed
 from flowexport.core.types import Artifact
 
 RECORDED = (
@@ -53,6 +54,11 @@ class Identity:
             fusions=artifact.fusions,
         )
 
+    def beside(self, function: str) -> Identity:
+        """Return what the file of another function must say, where it is one of its own."""
+        details = self.details.get("beside", {}).get(function, {})
+        return replace(self, details=details, fusions=details.get("fusions", {}))
+
     def mismatches(self, found: Mapping[str, Any]) -> tuple[str, ...]:
         """Return how a file's own description differs from this one.
 
@@ -90,6 +96,8 @@ class Identity:
                     problems.append(
                         f"its {key} are not those of the manifest: {_first(have, value)}"
                     )
+        if "stored" in self.details and "stored" in found:
+            problems += changed(found["stored"], self.details["stored"])
         return tuple(problems)
 
 

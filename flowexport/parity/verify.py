@@ -90,6 +90,7 @@ def verify_artifact(
     if require_fusions or identity is not None:
         try:
             found = target.inspect(artifact.path)
+            others = [] if identity is None else _beside(target, artifact, identity)
         except UnavailableError as error:
             return replace(report, not_run=error.message.rstrip("."), fix=error.fix)
         except Exception as error:
@@ -97,7 +98,7 @@ def verify_artifact(
         report = replace(
             report,
             fusions=dict(found.get("fusions", {})),
-            mismatches=() if identity is None else identity.mismatches(found),
+            mismatches=() if identity is None else (*identity.mismatches(found), *others),
         )
         labels = file_labels(found)
     try:
@@ -295,6 +296,16 @@ def _expected(
     for bucket in buckets:
         pairs += bucket.expected
     return tuple(pairs)
+
+
+def _beside(target: Target, artifact: Artifact, identity: Identity) -> list[str]:
+    """Say how functions that are files of their own differ from what the bundle says of them."""
+    return [
+        f"{name}: {problem}"
+        for name, function in artifact.functions.items()
+        if function.path != artifact.path
+        for problem in identity.beside(name).mismatches(target.inspect(function.path))
+    ]
 
 
 def _tells_nothing(golden: Golden) -> str | None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowexport.core.errors import InputError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import TensorSpec
@@ -26,6 +28,9 @@ PREFIX = "flowexport."
 _BLOB = struct.Struct("<IIQQ")
 _SENTINEL = 0xDEADBEEF
 MIL_FLOAT16 = 10  # MIL.proto: DataType.FLOAT16
+_NUMPY = {1: "?", 10: "<f2", 11: "<f4", 12: "<f8", 21: "<i1", 22: "<i2", 23: "<i4", 24: "<i8",
+          31: "<u1", 32: "<u2", 33: "<u4", 34: "<u8"}  # fmt: skip
+"""MIL.proto: DataType."""
 
 
 def read_spec(path: Path) -> Any:
@@ -100,14 +105,18 @@ def remove(path: Path) -> None:
 def operations(spec: Any) -> Iterator[Any]:
     """Yield every operation of every function, nested blocks included."""
 
+    for function in spec.mlProgram.functions.values():
+        yield from _walk(function)
+
+
+def _walk(function: Any) -> Iterator[Any]:
     def walk(block: Any) -> Iterator[Any]:
         for operation in block.operations:
             yield operation
             for inner in operation.blocks:
                 yield from walk(inner)
 
-    for function in spec.mlProgram.functions.values():
-        yield from walk(function.block_specializations[function.opset])
+    yield from walk(function.block_specializations[function.opset])
 
 
 def operator_counts(spec: Any) -> dict[str, int]:
@@ -130,6 +139,39 @@ def scalars(spec: Any) -> dict[str, int]:
         elif kind.dataType == MIL_FLOAT16 and len(tensor.bytes.values) == 2:
             counts[f"{struct.unpack('<e', tensor.bytes.values)[0]:.9g}"] += 1
     return dict(sorted(counts.items()))
+
+
+def constants(path: Path, spec: Any) -> dict[str, np.ndarray]:
+    """Return the values of all constants, compressed ones as stored, by function and name.
+
+    Values of fewer than 8 bits stay in their bytes.
+    """
+    file = path / WEIGHTS_FILE
+    weights = file.read_bytes() if file.is_file() else b""
+    found = {}
+    for function in sorted(spec.mlProgram.functions):
+        for op in _walk(spec.mlProgram.functions[function]):
+            if op.type != "const" and not op.type.startswith("constexpr_"):
+                continue
+            for part, value in sorted(op.attributes.items()):
+                array = _array(value, weights)
+                if part != "name" and array is not None:
+                    found[f"{function}/{op.outputs[0].name} {part}"] = array
+    return found
+
+
+def _array(value: Any, weights: bytes) -> np.ndarray | None:
+    """Return a tensor value flat; None for texts and lists."""
+    dtype = np.dtype(_NUMPY.get(value.type.tensorType.dataType, np.uint8))
+    if value.WhichOneof("value") == "blobFileValue":
+        _, _, length, start = _BLOB.unpack_from(weights, value.blobFileValue.offset)
+        return np.frombuffer(weights, np.uint8, length, start).view(dtype)
+    tensor = value.immediateValue.tensor
+    kind = tensor.WhichOneof("value")
+    if kind in (None, "strings"):
+        return None
+    values = getattr(tensor, kind).values
+    return np.frombuffer(values, dtype) if kind == "bytes" else np.array(values, dtype)
 
 
 def rounding_inverses(spec: Any) -> list[tuple[str, float]]:

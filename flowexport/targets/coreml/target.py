@@ -15,6 +15,7 @@ import numpy as np
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_tree, size_tree
 from flowexport.core.pixels import Pixels
+from flowexport.core.stored import stored as numbers
 from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
     STEP,
@@ -219,6 +220,7 @@ class CoreMLTarget:
         package.write_spec(path, spec)
         details["operators"] = operators = package.operator_counts(spec)
         details["scalars"] = package.scalars(spec)
+        details["stored"] = numbers(package.constants(path, spec))
         sha256, size = sha256_tree(path), size_tree(path)
         if settings.stateful:
             found = measure_drift(path, made[STEP].program, settings.stateful, tell=_tell)
@@ -281,6 +283,7 @@ class CoreMLTarget:
             "functions": package.functions(spec),
             "operators": operators,
             "scalars": package.scalars(spec),
+            "stored": numbers(package.constants(path, spec)),
             "fusions": {op.name: operators.get(op.name, 0) for op in installed_ops()},
             "metadata": described,
             "labels": described.get("labels", []),

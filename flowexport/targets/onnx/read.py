@@ -6,7 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flowexport.core.errors import InputError
+from flowexport.core.stored import stored
 from flowexport.core.types import TensorSpec
 from flowexport.targets.onnx.function import DOMAIN
 
@@ -80,6 +83,13 @@ def scalars(model: ModelProto) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+def constants(model: ModelProto) -> dict[str, np.ndarray]:
+    """Return the initializers' values by name."""
+    from onnx import numpy_helper
+
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
 def fusions(model: ModelProto) -> dict[str, int]:
     """Count attention nodes that have their function in the file, by operator."""
     defined = {(f.domain, f.name, f.overload) for f in model.functions}
@@ -120,6 +130,7 @@ def describe(path: Path) -> dict[str, Any]:
         "operators": operators(model),
         "operators_inlined": operators(inline(model)),
         "scalars": scalars(model),
+        "stored": stored(constants(model)),
         "fusions": fusions(model),
         "metadata": {p.key: p.value for p in model.metadata_props},
         "opset": {o.domain or "ai.onnx": o.version for o in model.opset_import},

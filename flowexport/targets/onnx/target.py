@@ -12,6 +12,7 @@ import numpy as np
 
 from flowexport.core.errors import ConversionError, UnavailableError
 from flowexport.core.hashing import sha256_file
+from flowexport.core.stored import stored
 from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
     Artifact,
@@ -72,7 +73,7 @@ class OnnxTarget:
         Raises:
             LoweringError, ConversionError: a stage refused the program.
         """
-        from flowexport.targets.onnx.read import fusions, inline, scalars
+        from flowexport.targets.onnx.read import constants, fusions, inline, scalars
 
         settings = OnnxOptions.parse(options)
         weights = program.exported.state_dict.values()
@@ -84,10 +85,15 @@ class OnnxTarget:
             )
         path = out / f"{program.model}{self.suffix}"
         model, sites, quantised = _write(program, settings, options, path)
-        functions = {}
+        functions, others = {}, {}
         for name, function in program.functions.items():
             beside = out / f"{program.model}.{name}{self.suffix}"
-            _write(function, settings, options, beside)
+            written, _, _ = _write(function, settings, options, beside)
+            others[name] = {
+                "scalars": scalars(written),
+                "stored": stored(constants(written)),
+                "fusions": fusions(written),
+            }
             functions[name] = Function(
                 path=beside,
                 sha256=sha256_file(beside),
@@ -117,6 +123,8 @@ class OnnxTarget:
                 "nodes_inlined": len(inline(model).graph.node),
                 "functions": len(model.functions),
                 "scalars": scalars(model),
+                "stored": stored(constants(model)),
+                **({"beside": others} if others else {}),
                 "attentions": [site.to_json() for site in sites],
                 "deterministic": True,
                 **({"quantisation": quantised.to_json()} if quantised else {}),

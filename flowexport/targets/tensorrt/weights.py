@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from flowexport.core.stored import moments, same_moments
+
 SMALLEST = 8
 """Values of the smallest tensor that is looked for; shorter ones turn up anywhere."""
-PERIOD = 1021
 
 
 def find_weights(engine: bytes, onnx_file: Path) -> list[dict[str, Any]]:
@@ -62,27 +63,10 @@ def changed_weights(engine: bytes, recorded: Sequence[Mapping[str, Any]]) -> lis
         whole = len(content) == size * dtype.itemsize
         have = moments(np.frombuffer(content, dtype)) if whole else []
         wanted = list(entry["moments"])
-        if not _equal(have, wanted, size):
+        if not same_moments(have, wanted, size):
             told = ", ".join(f"{v:.6g}" for v in have) or "not all there"
             problems.append(
                 f"weight {entry['name']} has sum, squares and ramp {told};"
                 f" expected {', '.join(f'{v:.6g}' for v in wanted)}"
             )
     return problems
-
-
-def moments(values: np.ndarray) -> list[float]:
-    """Return the sum, the sum of squares, and a sum that depends on the order, in float64."""
-    flat = values.astype(np.float64).ravel()
-    ramp = (np.arange(flat.size) % PERIOD + 1) / PERIOD
-    with np.errstate(over="ignore", invalid="ignore"):
-        return [float(flat.sum()), float(np.square(flat).sum()), float((flat * ramp).sum())]
-
-
-def _equal(have: Sequence[float], wanted: Sequence[float], count: int) -> bool:
-    """Whether moments agree but for the rounding of float64 sums."""
-    if len(have) != len(wanted):
-        return False
-    spread = float(np.sqrt(count * wanted[1]))
-    scales = (spread, wanted[1], spread)
-    return all(abs(a - b) <= 1e-9 * s for a, b, s in zip(have, wanted, scales, strict=True))

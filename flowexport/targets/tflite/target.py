@@ -13,6 +13,7 @@ import numpy as np
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.pixels import Pixels
+from flowexport.core.stored import stored
 from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
     FORWARD,
@@ -30,6 +31,7 @@ from flowexport.lowering.passes import fold_norm_affine, spell_out_norms
 from flowexport.ops.descriptor import AttentionSite, Choice
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.tflite import compat, flatbuffer, metadata
+from flowexport.targets.tflite.constants import constants
 from flowexport.targets.tflite.convert import store_weights_in_half, to_flatbuffer
 from flowexport.targets.tflite.ends import ImageEnd, image_end
 from flowexport.targets.tflite.options import PRECISIONS, TFLiteOptions
@@ -252,6 +254,7 @@ class TFLiteTarget:
             "signatures": flatbuffer.signatures(model),
             "operators": operators,
             "scalars": flatbuffer.scalars(model),
+            "stored": stored(constants(model)),
             "fusions": _fusions(operators, [op.name for op in installed_ops()]),
             "metadata": header,
             "labels": labels,
@@ -326,12 +329,14 @@ class TFLiteTarget:
         choices: Sequence[Choice],
     ) -> dict[str, Any]:
         half = precision is Precision.FP16
+        model = flatbuffer.read_model(path)
         return {
             "batch": 1,
             "delegation": delegations(path),
             "operators": operators,
-            "constant_bytes": flatbuffer.constant_bytes(flatbuffer.read_model(path)),
-            "scalars": flatbuffer.scalars(flatbuffer.read_model(path)),
+            "constant_bytes": flatbuffer.constant_bytes(model),
+            "scalars": flatbuffer.scalars(model),
+            "stored": stored(constants(model)),
             "arithmetic": "float32 on a CPU; weights are stored as float16" if half else "float32",
             "sites": [
                 {"module": s.module_path, "form": c.form, "reason": c.reason}
