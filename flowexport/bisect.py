@@ -7,15 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowexport.bundle import Bundle
 from flowexport.core.errors import CheckpointError, InputError, UnknownNameError
-from flowexport.core.types import Artifact, Target, TensorSpec
-from flowexport.evidence import check_files, check_manifest, references
+from flowexport.core.types import Target, TensorSpec
+from flowexport.evidence import check_files, check_manifest
 from flowexport.parity.bisect import Bisection, Step, Value
 from flowexport.parity.bisect import bisect as compare_values
 from flowexport.parity.metrics import compare
@@ -24,6 +25,10 @@ from flowexport.progress import SILENT, Progress
 from flowexport.recipes import ModelRef, Recipe, Weights, parse_model
 from flowexport.registry import TARGETS
 from flowexport.resolve import Subject, resolve
+from flowexport.trials import Trial, doubles, trial_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Operators that move values and change none.
 MOVES = frozenset(
@@ -42,6 +47,8 @@ MOVES = frozenset(
         *("chunk", "split", "split_with_sizes", "unbind"),
     )
 )
+STEP_PREFIX = "model."
+"""Of the module paths inside a step, which wraps the model."""
 PARTS = frozenset(("getitem", "slice", "select", "narrow", "index"))
 
 
@@ -49,6 +56,7 @@ def bisect(
     bundle: str | Path,
     target: str,
     *,
+    function: str | None = None,
     case: str | None = None,
     model: str | None = None,
     weights: str | Path | None = None,
@@ -62,13 +70,15 @@ def bisect(
     Args:
         bundle: a folder made by :func:`flowexport.convert`.
         target: of the artifact; one that can show its intermediate values.
-        case: a golden case; the one with the largest error where None.
+        function: ``forward_<length>`` or ``step`` of a file that has several; the first that
+            leaves the tolerance where None.
+        case: one of the function's cases; the one with the largest error where None.
         model: ``file.py:factory`` where the bundle's model came from a file.
         weights: the checkpoint, where it did not ship with the model.
         threads: of the runtime.
 
     Raises:
-        BundleError, UnknownNameError: no such bundle, target or case.
+        BundleError, UnknownNameError: no such bundle, target, function or case.
         InputError: the target shows no intermediate values, or the model cannot be rebuilt.
         CheckpointError: the rebuilt model has other weights than the bundle's.
     """
@@ -83,25 +93,45 @@ def bisect(
             f"bisect {target}: its files show no intermediate values; expected one of:"
             f" {', '.join(able)}."
         )
-    golden, _ = references(opened.path, opened.manifest)
-    if case is not None and case not in golden.cases:
-        raise UnknownNameError("case", case, golden.cases, where=f"bundle {opened.path}")
     progress.stage("rebuild the model")
     subject = rebuild(opened.manifest, model, weights)
-    progress.stage(f"run {target}")
-    entry = opened.manifest["targets"][target]["tolerance"]
-    name, error, most = _worst(found, artifact, golden, case, threads, entry["max_rel"], progress)
-    feeds = {k: np.ascontiguousarray(v[:1]) for k, v in golden.cases[name].items()}
+    names = (artifact.entry, *artifact.functions)
+    if function is not None and function not in names:
+        raise UnknownNameError("function", function, names, where=f"bundle {opened.path}")
+    chosen, known = None, dict[str, None]()
+    for name in names if function is None else (function,):
+        trial = trial_of(opened, artifact.function(name), subject)
+        known |= dict.fromkeys(trial.cases)
+        if case is not None and case not in trial.cases:
+            continue
+        progress.stage(f"run {target}, {name}")
+        entry = opened.manifest["targets"][target]["tolerance"]
+        worst = _worst(found, trial, case, threads, entry["max_rel"], progress)
+        if chosen is None or worst.error > worst.limit:
+            chosen = trial, worst
+        if worst.error > worst.limit:
+            break
+    if chosen is None:
+        raise UnknownNameError("case", str(case), known, where=f"bundle {opened.path}")
+    trial, worst = chosen
+    feeds = {k: np.ascontiguousarray(v[:1]) for k, v in trial.cases[worst.case].items()}
     progress.stage("reference in float64")
-    steps = reference_steps(subject, feeds)
+    steps = reference_steps(trial.module, feeds)
     progress.stage(f"values of {target}")
     values = []
-    for done, value in enumerate(found.trace(artifact, feeds, threads=threads)):
+    for done, value in enumerate(found.trace(trial.artifact, feeds, threads=threads)):
         progress.step(done, None, value[0])
         if np.asarray(value[2]).dtype.kind == "f":
             values.append(Value(*value))
     progress.stage("compare")
-    return compare_values(steps, values, case=name, tolerance=most, output_error=error)
+    return compare_values(
+        steps,
+        values,
+        function=trial.artifact.entry,
+        case=worst.case,
+        tolerance=worst.limit,
+        output_error=worst.error,
+    )
 
 
 def rebuild(
@@ -142,6 +172,7 @@ def rebuild(
             name=recipe["name"],
             model=ref,
             weights=chosen,
+            buckets=recipe.get("buckets"),
             inputs=recipe["inputs"] and tuple(TensorSpec.from_json(s) for s in recipe["inputs"]),
             outputs=recipe["outputs"] and tuple(recipe["outputs"]),
         )
@@ -155,17 +186,22 @@ def rebuild(
     return subject
 
 
-def reference_steps(subject: Subject, feeds: Mapping[str, np.ndarray]) -> list[Step]:
-    """Run the model in float64 on one sample and return every operator's value."""
+def reference_steps(model: nn.Module, feeds: Mapping[str, np.ndarray]) -> list[Step]:
+    """Run a model in float64 on one sample and return every operator's value.
+
+    Args:
+        feeds: batch 1, in the order of the model's arguments.
+    """
     import copy
 
     import torch
 
     from flowexport.lowering.program import module_path
+    from flowexport.lowering.streaming import StepModule
 
-    module = copy.deepcopy(subject.module).double().eval()
-    tensors = [torch.from_numpy(np.array(feeds[s.name])) for s in subject.spec.inputs]
-    example = tuple(t.double() if t.is_floating_point() else t for t in tensors)
+    stepped = isinstance(model, StepModule)
+    module = copy.deepcopy(model).double().eval()
+    example = doubles(feeds)
     with torch.no_grad():
         exported = torch.export.export(module, example)
     kept: dict[str, torch.Tensor] = {}
@@ -197,7 +233,7 @@ def reference_steps(subject: Subject, feeds: Mapping[str, np.ndarray]) -> list[S
         steps.append(
             Step(
                 node.name,
-                module_path(node),
+                module_path(node).removeprefix(STEP_PREFIX if stepped else ""),
                 operator,
                 value.double().numpy(),
                 inputs,
@@ -215,30 +251,38 @@ def _operator(node: Any) -> str:
     return str(name).split(".")[0]
 
 
+@dataclass(frozen=True)
+class _Worst:
+    """The case whose error is largest against its limit."""
+
+    case: str
+    error: float
+    limit: float
+
+
 def _worst(
     target: Target,
-    artifact: Artifact,
-    golden: Any,
+    trial: Trial,
     case: str | None,
     threads: int,
     max_rel: float,
     progress: Progress,
-) -> tuple[str, float, float]:
-    """Run the golden cases; return the worst by its limit, its error and its limit."""
+) -> _Worst:
+    """Run a function's cases, or one of them."""
     from flowexport.parity import run_batched
 
-    dtypes = {s.name: s.dtype for s in artifact.outputs}
-    worst = ("", -1.0, max_rel)
-    with target.load(artifact, threads=threads) as session:
-        names = [case] if case is not None else list(golden.cases)
+    dtypes = {s.name: s.dtype for s in trial.artifact.outputs}
+    worst = _Worst("", -1.0, max_rel)
+    with target.load(trial.artifact, threads=threads) as session:
+        names = [case] if case is not None else list(trial.cases)
         for done, name in enumerate(names):
             progress.step(done, len(names), name)
-            outputs = run_batched(session, golden.cases[name])
-            for output, reference in golden.expected[name].items():
+            outputs = run_batched(session, trial.cases[name])
+            for output, reference in trial.expected[name].items():
                 found = compare(name, output, outputs[output], reference, dtype=dtypes[output])
                 error = float("inf") if found.max_rel is None else found.max_rel
-                noise = limit(golden.noise.get(name, {}).get(output), artifact.precision)
+                noise = limit(trial.noise.get(name, {}).get(output), trial.artifact.precision)
                 most = max_rel if noise is None else min(max_rel, noise)
-                if error / most > worst[1] / worst[2]:
-                    worst = (name, error, most)
+                if error / most > worst.error / worst.limit:
+                    worst = _Worst(name, error, most)
     return worst

@@ -12,8 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import streaming_tools
+from way_tools import converted_here
 
 from flowexport import pipeline
 from flowexport.bundle import Bundle
@@ -22,11 +25,15 @@ from flowexport.core.hashing import sha256_tree
 from flowexport.core.reports import ParityReport
 from flowexport.core.types import Artifact, Verdict
 from flowexport.evidence import verify_all
+from flowexport.parity import streaming
 from flowexport.progress import SILENT
 from flowexport.registry import TARGETS
 
 MODEL = '''
-"""Two blocks and two heads of one shape; the first is fitted, so that labels mean something."""
+"""Two blocks and two heads of one shape; the first is fitted, so that labels mean something.
+
+The small one has one block and heads as drawn: fitted ones enlarge what int8 rounds off.
+"""
 
 import numpy as np
 import torch
@@ -54,11 +61,11 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, deep):
         super().__init__()
         self.embed = nn.Linear(12, WIDTH)
         self.first = Block("standard")
-        self.second = Block("timeseries")
+        self.second = Block("timeseries") if deep else nn.Identity()
         self.logits = nn.Linear(WIDTH, CLASSES)
         self.other = nn.Linear(WIDTH, CLASSES)
 
@@ -71,15 +78,21 @@ class Model(nn.Module):
         return self.logits(pooled), torch.softmax(self.other(torch.relu(pooled)), dim=-1)
 
 
-def build():
+def build_small():
+    return build(deep=False)
+
+
+def build(deep=True):
     torch.manual_seed(7)
-    model = Model()
+    model = Model(deep)
     with torch.no_grad():
-        for block in (model.first, model.second):
+        for block in (model.first, model.second) if deep else (model.first,):
             for part in (block.attention.query_projection, block.attention.key_projection):
                 part.weight *= 4  # logits of attention that the clamp and the sigmoids feel
             for parameter in (block.norm.weight, block.norm.bias):
                 parameter += 0.1 * torch.randn_like(parameter)
+        if not deep:
+            return model
         train = DATASETS["japanese-vowels-train"]()
         features = model.pooled(*(torch.from_numpy(train.inputs[n]) for n in ("x", "padding_mask")))
         ones = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
@@ -103,7 +116,7 @@ targets:
   tflite: {}
   coreml: {}
   tensorrt: {profiles: [{batch: [1, 1, 2]}], compute_capabilities: ["8.9"], check_rebuild: false}
-evaluation: {dataset: japanese-vowels-test, limit: 48}
+evaluation: {dataset: japanese-vowels-test, limit: 24}
 tolerances:
   fp32:
     max_rel: 2.0e-5
@@ -117,6 +130,56 @@ fusions:
   onnx: {FlowAttention: 2}
 bench: {warmup: 1, min_runs: 3, min_seconds: 0}
 """
+
+
+def _changed(text: str, *changes: tuple[str, str]) -> str:
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+_TARGETS = RECIPE[RECIPE.index("  onnx: {}") : RECIPE.index("evaluation")]
+_LIMITS = RECIPE[RECIPE.index("  fp32:") : RECIPE.index("fusions")]
+FAMILIES = {
+    "plain": RECIPE,
+    "int8": _changed(
+        RECIPE,
+        ("mutant_model.py:build", "mutant_model.py:build_small"),
+        (
+            _TARGETS,
+            "  onnx: {precision: int8-static}\n  tflite: {precision: int8-static}\n"
+            "  coreml: {precision: int8-weights}\n"
+            "calibration: {dataset: japanese-vowels-train}\n",
+        ),
+        ("tolerances:\n" + _LIMITS, ""),
+        ("FlowAttention: 2", "FlowAttention: 1"),
+    ),
+    # Two lengths (functions of one file), each format in another precision; Core ML's classifier.
+    "lengths": _changed(
+        RECIPE,
+        ("mutant_model.py:build", "mutant_model.py:build_small"),
+        ("batchx29x12", "batchxlengthx12"),
+        ("batchx29}", "batchxlength}\nbuckets: {length: [16, 29]}"),
+        (
+            _TARGETS,
+            "  onnx: {precision: int8-dynamic}\n  tflite: {precision: fp16}\n"
+            "  coreml: {classifier: true}\n",
+        ),
+        ("tolerances:\n" + _LIMITS, ""),
+        ("FlowAttention: 2", "FlowAttention: 1"),
+    ),
+    # Half precision, and a step whose state is a value.
+    "stream": _changed(
+        streaming_tools.RECIPE,
+        ("streaming: {lengths: [70]}", "streaming: true\nprecision: fp16"),
+        ("  onnx: {}\n", "  onnx: {}\n  tflite: {}\n  coreml: {}\n"),
+        ("  fp32: {max_rel: 1.0e-5, reason: two short layers in fp32; steps are promised to equal a"
+         " forward}", "  fp16: {max_rel: 1.0e-2, reason: that of the shipped recipe}"),
+    ),
+}  # fmt: skip
+SAMPLES = 24
+"""Of the evaluation set; a stream is then cut to 128 steps."""
 
 FORMATS = ("onnx", "tflite", "coreml", "tensorrt")
 
@@ -135,6 +198,7 @@ class Mutant:
             other files where ``whole`` is set.
         loads: whether the file must still be one that its reader takes.
         whole: ``apply`` is given the bundle instead of the artifact.
+        family: the bundle it damages, one of :data:`FAMILIES`.
     """
 
     format: str
@@ -143,9 +207,11 @@ class Mutant:
     apply: Change
     loads: bool = True
     whole: bool = False
+    family: str = "plain"
 
     def __str__(self) -> str:
-        return f"{self.format}-{self.kind}-{self.name}".replace(" ", "_")
+        family = "" if self.family == "plain" else f"{self.family}-"
+        return f"{family}{self.format}-{self.kind}-{self.name}".replace(" ", "_")
 
 
 @dataclass(frozen=True)
@@ -157,11 +223,13 @@ class Finding:
             ``inspection`` (operators, constants, names, description), ``refused`` (the
             reader or the runtime takes no such file), or None: it was missed.
         said: the report's reason.
+        ran: whether the runtime loaded the file and gave results.
     """
 
     mutant: Mutant
     by: str | None
     said: str
+    ran: bool = False
 
 
 def here() -> list[str]:
@@ -169,26 +237,28 @@ def here() -> list[str]:
     return [name for name in FORMATS if TARGETS.get(name).probe().converts]
 
 
-def shared_bundle(base: Path) -> Path:
-    """Convert the model to all formats once a test session; read only.
+def shared_bundle(base: Path, family: str = "plain") -> Path:
+    """Convert a family's model to all its formats once a test session; read only.
 
     Args:
         base: ``tmp_path_factory.getbasetemp()``.
     """
-    folder = base / "mutants"
+    folder = base / f"mutants-{family}"
     if not (folder / "bundle").exists():
         folder.mkdir(exist_ok=True)
-        make_bundle(folder)
+        make_bundle(folder, family)
     return folder / "bundle"
 
 
-def make_bundle(folder: Path) -> Path:
+def make_bundle(folder: Path, family: str = "plain") -> Path:
     """Convert the model into ``folder/bundle``."""
     (folder / "mutant_model.py").write_text(MODEL)
     recipe = folder / "mutants.yaml"
-    recipe.write_text(RECIPE)
-    out = folder / "bundle"
-    return pipeline.convert(recipe, targets=here(), out=out, verify=False, bench=False).bundle
+    recipe.write_text(FAMILIES[family])
+    names = [t for t in here() if f"\n  {t}: {{" in FAMILIES[family]]
+    with converted_here(), mock.patch.object(streaming, "DRIFT_STEPS", 128):
+        out = folder / "bundle"
+        return pipeline.convert(recipe, targets=names, out=out, verify=False, bench=False).bundle
 
 
 def artifact_of(bundle: Path, name: str) -> Artifact:
@@ -199,7 +269,9 @@ def judge(bundle: Path, name: str) -> ParityReport:
     """Verify one artifact as the command does, its hash and the manifest's file table unread."""
     opened = Bundle.open(bundle)
     artifacts = {name: opened.artifacts()[name]}
-    return verify_all(artifacts, opened.manifest, opened.path, 1, SILENT, check_hash=False)[name]
+    return verify_all(
+        artifacts, opened.manifest, opened.path, 1, SILENT, check_hash=False, samples=SAMPLES
+    )[name]
 
 
 def damaged(bundle: Path, mutant: Mutant, folder: Path) -> Path:
@@ -219,19 +291,19 @@ def examine(bundle: Path, mutant: Mutant, folder: Path) -> Finding:
         report = judge(copy, mutant.format)
     except BundleError as error:
         return Finding(mutant, "refused", error.message)
-    return Finding(mutant, found_by(report), report.reason or "")
+    return Finding(mutant, found_by(report), report.reason or "", bool(report.cases))
 
 
 def found_by(report: ParityReport) -> str | None:
     """Return what exposed an artifact: the strongest evidence counts."""
     if report.verdict is not Verdict.FAIL:
         return None
-    if any(m.startswith("weight ") for m in report.mismatches):
-        return "weights"
     broken = any(c.violation(report.tolerance) for c in report.cases)
     accuracy = report.accuracy is not None and report.accuracy.violation(report.tolerance)
     if broken or accuracy:
         return "outputs"
+    if any("weight " in m for m in report.mismatches):
+        return "weights"
     return "refused" if report.failure is not None else "inspection"
 
 

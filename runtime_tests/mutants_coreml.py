@@ -47,7 +47,7 @@ def _value(spec: Any, operation: Any, argument: str) -> Any:
     return _constants(spec)[binding.name].attributes["val"] if binding.name else binding.value
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(int(d.constant.size) for d in value.type.tensorType.dimensions)
 
 
@@ -70,7 +70,7 @@ def _blobs(path: Path) -> Iterator[tuple[str, int, tuple[int, ...]]]:
                 record = content[value.blobFileValue.offset :][:RECORD]
                 start = int(np.frombuffer(record[16:24], np.uint64)[0])
                 if value.type.tensorType.dataType == 11:  # FLOAT32
-                    yield binding.name, start, _shape(value)
+                    yield binding.name, start, shape_of(value)
 
 
 def weights(path: Path) -> dict[str, np.ndarray]:

@@ -103,7 +103,7 @@ def _weight(role: str, damage: Damage, model: Any) -> None:
     _set(model, index, damage(values).astype(np.float32))
 
 
-def _operator_code(model: Any, name: str) -> int:
+def operator_code(model: Any, name: str) -> int:
     from ai_edge_litert import schema_py_generated as schema
 
     number = getattr(schema.BuiltinOperator, name)
@@ -117,7 +117,7 @@ def _operator_code(model: Any, name: str) -> int:
 
 
 def _operators(model: Any, name: str) -> list[Any]:
-    code = _operator_code(model, name)
+    code = operator_code(model, name)
     found = [o for o in _graph(model).operators if o.opcodeIndex == code]
     assert found, f"no {name}"
     return found
@@ -149,7 +149,7 @@ def _stored(kind: str, model: Any) -> None:
     widened.buffer = 0
     graph.tensors.append(widened)
     operator = schema.OperatorT()
-    operator.opcodeIndex = _operator_code(model, "DEQUANTIZE")
+    operator.opcodeIndex = operator_code(model, "DEQUANTIZE")
     operator.inputs = np.array([number], np.int32)
     operator.outputs = np.array([number + 1], np.int32)
     for reader in graph.operators:
@@ -174,7 +174,7 @@ def _scalar(near: float, value: float, model: Any, *, count: int | None = None) 
 
 def _replace(old: str, new: str, model: Any, *, place: int = 0) -> None:
     operator = _operators(model, old)[place]
-    operator.opcodeIndex = _operator_code(model, new)
+    operator.opcodeIndex = operator_code(model, new)
     operator.builtinOptions, operator.builtinOptionsType = None, 0
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import mutants_coreml
+import mutants_families
 import mutants_onnx
 import mutants_tflite
 import numpy as np
@@ -17,6 +19,8 @@ import pytest
 from mutants import artifact_of, shared_bundle
 from way_tools import refused
 
+from flowexport.bisect import rebuild
+from flowexport.bundle import Bundle
 from flowexport.cli import run
 from flowexport.parity.bisect import Step, Value, bisect
 
@@ -50,7 +54,7 @@ def chain(seed: int = 0) -> tuple[list[Step], list[Value]]:
 
 
 def compare(steps: list[Step], values: list[Value], error: float) -> Any:
-    return bisect(steps, values, case="c", tolerance=1e-5, output_error=error)
+    return bisect(steps, values, function="f", case="c", tolerance=1e-5, output_error=error)
 
 
 def test_layouts_and_fused_steps_of_a_healthy_file_are_right() -> None:
@@ -152,11 +156,87 @@ def test_the_damaged_layer_is_named(
         assert document["first"]["operator"] == "linear"
 
 
+# Other functions than forward.
+
+DAMAGED = [("lengths", mutants_families.SHORT), ("stream", mutants_families.STEP)]
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return lambda family: shared_bundle(tmp_path_factory.getbasetemp(), family)
+
+
+def _owner(bundle: Path, source: str, matrix: np.ndarray) -> str:
+    """Return the module whose weight this is, stored in few bits, in either order of its axes."""
+    given = None if "stream" in bundle.parent.name else source
+    subject = rebuild(Bundle.open(bundle).manifest, given)
+    best: tuple[float, str] = (0.0, "")
+    for name, parameter in subject.module.named_parameters():
+        weight = parameter.detach().numpy()
+        for turned in (weight, weight.T):
+            if turned.shape == matrix.shape and name.endswith("weight"):
+                found = np.corrcoef(turned.ravel(), matrix.astype(np.float64).ravel())[0, 1]
+                best = max(best, (float(found), name.removesuffix(".weight")))
+    assert best[0] > 0.99, best
+    return best[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "function"), DAMAGED)
+@pytest.mark.parametrize("name", MODULES)
+def test_a_layer_of_another_function_is_named(
+    families: Callable[[str], Path],
+    family: str,
+    function: str,
+    name: str,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    bundle = families(family)
+    source = f"{_file(bundle)}:{'build_small' if family == 'lengths' else 'build'}"
+    base = ["--target", name, "--json", *(["--model", source] if family == "lengths" else [])]
+    if name == "onnx":
+        assert run(["bisect", str(bundle), *base, "--function", function]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["healthy"] is True and document["function"] == function
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    seen: list[np.ndarray] = []
+
+    def negated(values: np.ndarray) -> np.ndarray:
+        seen.append(values.copy())
+        return -values
+
+    reach = mutants_families.REACH[name]
+    reach.weight(function, negated, artifact_of(copy, name).path)
+    assert run(["bisect", str(copy), *base, "--function", function]) == 4
+    document = json.loads(capsys.readouterr().out)
+    assert document["function"] == function and document["first"] is not None
+    assert document["first"]["module"] == _owner(bundle, source, seen[0])
+    # Without the option the first function that fails is taken; Core ML's share the matrix.
+    assert run(["bisect", str(copy), *base]) == 4
+    document = json.loads(capsys.readouterr().out)
+    own = artifact_of(copy, name).entry if name == "coreml" else function
+    assert document["function"] == own
+
+
+@pytest.mark.slow
+def test_a_state_that_does_not_move_is_found_in_the_step(
+    families: Callable[[str], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    copy = Path(shutil.copytree(families("stream"), tmp_path / "copy"))
+    mutants_families.ONNX.keep(artifact_of(copy, "onnx").path)
+    assert run(["bisect", str(copy), "--target", "onnx", "--json"]) == 4
+    document = json.loads(capsys.readouterr().out)
+    assert document["function"] == "step" and document["output_error"] > document["tolerance"]
+
+
 @pytest.mark.slow
 def test_what_bisect_refuses(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
     source = ["--model", f"{_file(bundle)}:build"]
     base: list[object] = ["bisect", bundle, "--target", "onnx"]
     refused(capsys, 2, "came from a file", "--model", arguments=base)
+    wrong = [*base, *source, "--function", "step"]
+    refused(capsys, 2, "unknown function 'step'", "forward", arguments=wrong)
     refused(capsys, 2, "'nowhere'", "random-0", arguments=[*base, *source, "--case", "nowhere"])
     other = tmp_path / "mutant_model.py"
     other.write_text(_file(bundle).read_text().replace("manual_seed(7)", "manual_seed(8)"))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from flowexport import process as children
+from flowexport import worker
 from flowexport.cli import run
 
 MODEL = """
@@ -155,6 +160,18 @@ def finished_bundle(base: Path) -> tuple[Path, str, str]:
     out, err = (folder / "stdout").read_text(), (folder / "stderr").read_text()
     assert (folder / "code").read_text() == "0", err
     return folder / "out" / "tiny", out, err
+
+
+@contextlib.contextmanager
+def converted_here() -> Iterator[None]:
+    """Let converters run in this process: a child imports the toolchains anew, 10 s each."""
+
+    def run_child(module: str, request: dict[str, Any], **given: Any) -> dict[str, Any]:
+        assert module == "flowexport.worker"
+        return {"result": worker.convert(request), "seconds": 0.0, "peak_rss_bytes": 1}
+
+    with mock.patch.object(children, "run_child", run_child):
+        yield
 
 
 def start(

@@ -26,9 +26,13 @@ def bisect(
             "--target", "-t", metavar="T", help="Of this target.", autocompletion=complete_target
         ),
     ],
+    function: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Such as step; else the first that fails."),
+    ] = None,
     case: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A golden case; else the one with the largest error."),
+        typer.Option(metavar="NAME", help="One of its cases; else the one with the largest error."),
     ] = None,
     model: Annotated[
         str | None,
@@ -51,6 +55,7 @@ def bisect(
         found = run(
             bundle,
             target,
+            function=function,
             case=case,
             model=model,
             weights=weights,
@@ -68,7 +73,7 @@ def _print(target: str, found: Bisection) -> None:
     from rich.table import Table
 
     console = out_console()
-    table = Table(title=f"{target}, {found.case}: largest error by module", pad_edge=False)
+    table = Table(title=f"{_where(target, found)}: largest error by module", pad_edge=False)
     table.add_column("module", overflow="fold")
     table.add_column("operator", no_wrap=True)
     table.add_column("in the file", overflow="fold")
@@ -88,23 +93,29 @@ def _print(target: str, found: Bisection) -> None:
     console.print(verdict(target, found), markup=False, soft_wrap=True)
 
 
+def _where(target: str, found: Bisection) -> str:
+    return f"{target} {found.function}, {found.case}"
+
+
 def verdict(target: str, found: Bisection) -> str:
     """Say in words what a bisection found."""
     limit = f"{found.tolerance:.2g}"
     if found.healthy:
         return (
-            f"{target} is within the tolerance: on {found.case} the outputs' largest error is"
-            f" {found.output_error:.1e} (at most {limit})."
+            f"{target} is within the tolerance: on {found.function}, {found.case} the outputs'"
+            f" largest error is {found.output_error:.1e} (at most {limit})."
         )
     if found.first is None:
         return (
-            f"{target} leaves the tolerance on {found.case} ({found.output_error:.1e}, at most"
-            f" {limit}), and every value in the file is right: look at the outputs' names."
+            f"{target} leaves the tolerance on {found.function}, {found.case}"
+            f" ({found.output_error:.1e}, at most {limit}), and every value in the file is right:"
+            " look at the outputs' names."
         )
     first = found.first
     text = (
-        f"{target} first leaves the tolerance in module {first.module or '(top)'}: {first.operator}"
-        f" ({first.op_type} {first.found} in the file) has error {_said(first)}; at most {limit}."
+        f"{target} {found.function} first leaves the tolerance in module"
+        f" {first.module or '(top)'}: {first.operator} ({first.op_type} {first.found} in the file)"
+        f" has error {_said(first)}; at most {limit}."
     )
     if found.fused:
         text += f" Not held in the file before it: {', '.join(found.fused)}."

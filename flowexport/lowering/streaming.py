@@ -33,7 +33,7 @@ class StreamingModule(Protocol):
     def step(self, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-class _Step(nn.Module):
+class StepModule(nn.Module):
     """``step`` with the state as inputs and outputs, in the order of its specs."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -128,7 +128,7 @@ def lower_streaming(
     assert isinstance(model, StreamingModule)
     state = model.state_specs()
     step = lower(
-        _Step(copy.deepcopy(model)),
+        StepModule(copy.deepcopy(model)),
         [frame, *state],
         [*output_names, *(NEXT + s.name for s in state)],
         name=name,

@@ -87,7 +87,8 @@ class Bisection:
     """What comparing all values of one case gave.
 
     Attributes:
-        case: name of the golden case.
+        function: of the artifact.
+        case: name of the function's case.
         tolerance: ``max_rel`` that every value is held to.
         output_error: largest of the file's outputs, as it was run.
         first: the first step that leaves the tolerance for good; None where none does.
@@ -95,6 +96,7 @@ class Bisection:
         fused: steps between the last right one and ``first`` that the file does not hold.
     """
 
+    function: str
     case: str
     tolerance: float
     output_error: float
@@ -109,6 +111,7 @@ class Bisection:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "function": self.function,
             "case": self.case,
             "tolerance": self.tolerance,
             "output_error": finite(self.output_error),
@@ -124,6 +127,7 @@ def bisect(
     steps: Sequence[Step],
     values: Sequence[Value],
     *,
+    function: str,
     case: str,
     tolerance: float,
     output_error: float,
@@ -151,7 +155,8 @@ def bisect(
             first = compared[held[0].name]
             fused = tuple(s.name for s in wrong[: wrong.index(held[0])])
         jump = _largest_jump(steps, compared)
-    return Bisection(case, tolerance, output_error, tuple(compared.values()), first, jump, fused)
+    told = tuple(compared.values())
+    return Bisection(function, case, tolerance, output_error, told, first, jump, fused)
 
 
 def _right(steps: Sequence[Step], compared: Mapping[str, Compared]) -> dict[str, bool]:

@@ -14,7 +14,7 @@ def trace(
     artifact: Artifact, feeds: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield name, operator and array of every result, in execution order; interpreted."""
-    half = artifact.precision is Precision.FP16
+    half = artifact.precision is not Precision.FP32  # as its session
     function = artifact.entry if artifact.functions else None
     with InterpreterSession(artifact, Mode.FP16 if half else Mode.EXACT, function) as session:
         for value in session.values(feeds):
