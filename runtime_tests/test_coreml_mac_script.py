@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from fake_coremltools import write_fake
+from fake_coremltools import write_fake, write_steps
+from mutants import shared_bundle
 
 import flowexport
+from flowexport import parity
 from flowexport.core.hashing import sha256_tree
 from flowexport.core.types import Verdict
 from flowexport.devices import merge_reports, read_device_report
@@ -64,11 +67,17 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    bundle: Path, folder: Path, *arguments: str, mac: bool = True, mode: str = ""
+    bundle: Path,
+    folder: Path,
+    *arguments: str,
+    mac: bool = True,
+    mode: str = "",
+    steps: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the bundle's own script as a user would, flowexport out of its sight."""
     fake = write_fake(folder / "fake")
     environment = {**os.environ, "PYTHONPATH": str(fake), "FAKE_MODE": mode}
+    environment |= {} if steps is None else {"FAKE_STEPS": str(steps)}
     environment |= {"FAKE_MAC": "1"} if mac else {}
     return subprocess.run(
         [sys.executable, str(bundle / "coreml" / "verify_on_mac.py"), *arguments],
@@ -134,6 +143,70 @@ def test_no_plan_is_no_failure(bundle: Path, tmp_path: Path) -> None:
     # CPU_ONLY is what it says; what "all" became nobody knows.
     assert [r["backend"]["effective"] for r in report["runs"]] == ["cpu_only", None]
     assert len(report["runs"][0]["latency"]["inference_ms"]) == 11
+
+
+# A causal model: two functions of one package, and a state between steps.
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a causal model's bundle, and what its step gives."""
+    bundle = shared_bundle(tmp_path_factory.getbasetemp(), "stream")
+    table = tmp_path_factory.mktemp("steps") / "steps.npz"
+    write_steps(bundle, table)
+    return bundle, table
+
+
+@pytest.mark.slow
+def test_steps_run_from_the_reset_state_and_merge(
+    stream: tuple[Path, Path], tmp_path: Path
+) -> None:
+    bundle, table = stream
+    done = run(bundle, tmp_path, "--units", "cpu_only", "all", steps=table)
+    assert done.returncode == 0, done.stderr
+    report = read_device_report(tmp_path / "device_report.json")
+    told = [(r.get("entry"), r["backend"]["requested"]) for r in report["runs"]]
+    assert told == [(e, u) for e in (None, "step") for u in ("cpu_only", "all")]
+    assert not any(r["errors"] for r in report["runs"])
+    cases = parity.read_golden(bundle / "golden").expected
+    for one in report["runs"]:
+        assert {g["name"] for g in one["golden"]} == set(cases)
+        assert all(g["error"] is None for g in one["golden"])
+        # A step's results are stacked to those of a forward; its next state is not told.
+        shapes = {g["name"]: [(o["name"], o["shape"]) for o in g["outputs"]] for g in one["golden"]}
+        assert shapes == {c: [("logits", list(v["logits"].shape))] for c, v in cases.items()}
+    assert {"compute_plan.forward.all", "compute_plan.step.all"} <= set(report["environment"])
+    merged = merge_reports([tmp_path / "device_report.json"], tmp_path / "merged", bundles=[bundle])
+    assert merged.verdict is Verdict.PASS and len(merged.rows) == 4
+    assert {r.key["format"] for r in merged.rows} == {"coreml", "coreml step"}
+
+
+@pytest.mark.slow
+def test_wrong_steps_fail_in_the_merge(stream: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, table = stream
+    done = run(bundle, tmp_path, "--units", "all", mode="wrong", steps=table)
+    assert done.returncode == 0, done.stderr
+    merged = merge_reports([tmp_path / "device_report.json"], tmp_path / "m", bundles=[bundle])
+    assert [r.verdict for r in merged.rows] == [Verdict.FAIL, Verdict.FAIL]
+    assert all("max_rel" in r.problems[0] for r in merged.rows)
+
+
+def test_a_causal_answer_is_that_after_the_last_real_step() -> None:
+    class Steps(verify_on_mac.Runner):
+        def __init__(self) -> None:
+            self.following = {"state": "next"}
+
+        def run(self, arrays: dict[str, Any]) -> dict[str, Any]:
+            return {"logits": arrays["x"]}
+
+    x = np.zeros((2, 4, 3), np.float32)
+    x[0, 1, 2] = x[0, 3, 0] = x[1, 3, 1] = 1
+    evaluation = {"inputs": {"x": x}, "output": "logits", "lengths": np.array([2, 4])}
+    assert verify_on_mac.predictions(Steps(), evaluation) == [2, 1]
+    assert verify_on_mac.predictions(Steps(), {**evaluation, "inputs": {"x": x + np.nan}}) == [
+        None,
+        None,
+    ]
 
 
 def test_elsewhere_it_says_so(bundle: Path, tmp_path: Path) -> None:
