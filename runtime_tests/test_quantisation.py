@@ -89,6 +89,16 @@ def test_static_keeps_the_ends_and_what_the_user_names() -> None:
     assert treatment_of(["l.1", "l.2"], found) is Treatment.FLOAT
 
 
+def test_depthwise_layers_whose_runtime_has_no_dynamic_form_store_weights() -> None:
+    layers = [replace(LAYERS[0], path=kind, kind=kind) for kind in ("depthwise", "convolution")]
+    for precision, able, wanted in (
+        (Precision.INT8_DYNAMIC, False, [Treatment.WEIGHTS, Treatment.INTEGER]),
+        (Precision.INT8_DYNAMIC, True, [Treatment.INTEGER, Treatment.INTEGER]),
+    ):
+        found = decide(layers, precision, (), where="t", dynamic_depthwise=able)
+        assert [d.treatment for d in found] == wanted
+
+
 @pytest.mark.parametrize("keep, said", [(["x.*"], "names no linear"), (["a.fc", "b"], "all 2")])
 def test_keep_float_that_means_nothing_is_refused(keep: list[str], said: str) -> None:
     with pytest.raises(ConversionError, match=said):

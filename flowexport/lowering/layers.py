@@ -36,7 +36,7 @@ class Layer:
 
     Attributes:
         path: PyTorch module path, ``encoder.layers.0.fc1``.
-        kind: ``linear`` or ``convolution``.
+        kind: ``linear``, ``convolution``, or ``depthwise``: one input channel for each output.
         weight: (output channels, values a channel).
     """
 
@@ -70,6 +70,8 @@ def weighted_layers(program: LoweredProgram) -> tuple[Layer, ...]:
         if weight is None:
             continue
         values = weight.detach().float().numpy()
+        if kind == "convolution" and values.shape[1] == 1:
+            kind = "depthwise"
         layer = Layer(module_path(node) or node.name, kind, values.reshape(len(values), -1))
         found.setdefault((layer.path, id(weight)), layer)
     return tuple(found.values())

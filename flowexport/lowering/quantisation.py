@@ -90,6 +90,7 @@ def decide(
     *,
     where: str,
     integer_convolutions: bool = True,
+    dynamic_depthwise: bool = True,
 ) -> tuple[Decision, ...]:
     """Return the treatment of every layer, in execution order.
 
@@ -97,6 +98,7 @@ def decide(
         keep: module paths or globs that stay in floating point.
         where: the start of a message.
         integer_convolutions: whether the target gains by integer convolutions.
+        dynamic_depthwise: whether it has depthwise ones whose activations are rounded at run time.
 
     Raises:
         ConversionError: a pattern of ``keep`` names no layer, or nothing would be quantised.
@@ -121,8 +123,14 @@ def decide(
         elif precision is Precision.INT8_STATIC and ends:
             end = "reads the model's input" if i == 0 else "gives the model's scores"
             told = (Treatment.WEIGHTS, "ends", f"{end}: a fixed range would clip what is unusual")
-        elif layer.kind == "convolution" and not integer_convolutions:
+        elif layer.kind != "linear" and not integer_convolutions:
             told = (Treatment.WEIGHTS, "convolution", "slower in integers than in floating point")
+        elif (
+            layer.kind == "depthwise"
+            and precision is Precision.INT8_DYNAMIC
+            and not dynamic_depthwise
+        ):
+            told = (Treatment.WEIGHTS, "depthwise", "no accelerated form takes float activations")
         else:
             told = (Treatment.INTEGER, "linear", "its product is where the time goes")
         decisions.append(Decision(layer.path, *told))

@@ -67,7 +67,13 @@ def quantise(
     program = programs[main]
     where = f"convert tflite {program.model}"
     layers = weighted_layers(program)
-    decisions = decide(layers, options.precision, options.keep_float, where=where)
+    decisions = decide(
+        layers,
+        options.precision,
+        options.keep_float,
+        where=where,
+        dynamic_depthwise=not per_channel,  # XNNPACK has none; an old runtime does without it
+    )
     model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
     names = _name_operators(model, layers, where)
     wanted = {name: treatment_of(paths, decisions) for name, paths in names.items()}
