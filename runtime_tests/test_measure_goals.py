@@ -35,7 +35,17 @@ def test_a_row_compares_then_measures(kind: str) -> None:
     assert found["reached"] is (kind != "causal")
     assert (found["limit"] is not None) is (kind == "layer")
     assert set(found["ms"]) >= {"baseline", "ours"} and min(found["ms"].values()) > 0
+    if kind == "step":
+        own = found["own_forward_over_step"]
+        assert own["median"] == pytest.approx(found["ms"]["own_forward"] / found["ms"]["ours"])
+        assert found["ratio"]["median"] != own["median"], "the stock export is another baseline"
+    if kind == "layer":
+        assert found["products_limit"]["median"] > 0
+        assert set(found["operators"]) == {"baseline", "ours", "limit", "products"}
+        assert found["operators"]["products"]["Sigmoid"] == 2, "features, and no flow"
     if kind == "causal":
+        assert found["memory"]["run_ratio"] > 0
+        assert found["memory"]["ours_run_extra_bytes"] <= found["memory"]["ours_extra_bytes"]
         assert found["memory"]["ours_extra_bytes"] > 0 and found["form"].startswith("causal_")
     text = measure_goals.line(found)
     assert row.name in text and ("not reached" in text) is (kind == "causal")
@@ -67,6 +77,14 @@ def test_a_wrong_result_is_refused_before_anything_is_measured(
     monkeypatch.setattr(measure_goals, "measure", pytest.fail)
     with pytest.raises(VerificationError, match="no ratio is given"):
         measure_row(TINY[kind])
+
+
+def test_a_row_whose_published_form_does_not_fit_says_so() -> None:
+    row = Row("causal", "onnx", 1 << 24, 8, 64, wanted=9.0, less_memory=30)
+    found = json.loads(json.dumps(measure_row(row)))
+    assert found["reached"] is False and "ratio" not in found
+    assert "needs about 14336.0 GiB at L = 16777216" in found["not_run"]
+    assert "not run: the published form needs" in measure_goals.line(found)
 
 
 def test_the_command_measures_the_rows_it_is_given(

@@ -203,7 +203,7 @@ def _compare_target(
     feeds = bench_feeds(made.inputs, cases[case])
     progress.stage(f"{name}: peak memory")
     memory = {
-        kind: peak_memory(kind, artifact, feeds, root, threads)
+        kind: peak_memory(kind, artifact, feeds, root, threads)["extra_bytes"]
         for kind, artifact in artifacts.items()
     }
     progress.stage(f"{name}: measure")
@@ -222,14 +222,18 @@ def _compare_target(
             min_seconds=min_seconds,
             progress=lambda done, total: progress.step(done, total),
         )
-    operators = {kind: _operators(target.inspect(a.path)) for kind, a in artifacts.items()}
+    operators = {kind: operator_counts(target.inspect(a.path)) for kind, a in artifacts.items()}
     return replace(found, operators=operators, memory=memory)
 
 
 def peak_memory(
     kind: str, artifact: Artifact, feeds: Mapping[str, np.ndarray], root: Path, threads: int
-) -> int | None:
-    """Return the extra bytes that a child needs to load an artifact and run it, None if unknown."""
+) -> dict[str, int | None]:
+    """Return the extra bytes that a child needs for an artifact, None where unknown.
+
+    Returns:
+        ``extra_bytes`` to load and run it, ``run_extra_bytes`` to run it once it is loaded.
+    """
     np.savez(root / "feeds.npz", **feeds)  # type: ignore[arg-type]
     answer = run_child(
         "flowexport.baseline.worker",
@@ -246,11 +250,12 @@ def peak_memory(
         root=root,
         log=root / "logs" / f"{artifact.target}-{kind}-memory.log",
     )
-    extra: int | None = answer["result"]["extra_bytes"]
-    return extra
+    found: dict[str, int | None] = answer["result"]
+    return found
 
 
-def _operators(description: Mapping[str, Any]) -> dict[str, int]:
+def operator_counts(description: Mapping[str, Any]) -> dict[str, int]:
+    """Return a file's operators by name, functions inlined, constants left out."""
     counts = dict(description.get("operators_inlined") or description["operators"])
     counts.pop("Constant", None)  # a weight by another name, not an operation
     return counts

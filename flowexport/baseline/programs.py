@@ -32,6 +32,29 @@ def projections_only(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor
     return q[..., :1] + (v[:, :1] + first)
 
 
+def features_and_products(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Return φ(q) (φ(k)ᵀ v): what every form of Flow-Attention computes, and nothing else.
+
+    No flow, no competition, no allocation: plain linear attention, as a bound that no form
+    can pass. q and v stay token-major and k goes channel-first, the layout in which neither
+    product has a transposed factor.
+
+    Args:
+        q: logits (B, L, H, D). k: (B, S, H, D). v: (B, S, H, M).
+        *arguments: the operator's arguments after v.
+
+    Returns:
+        (B, L, H, M).
+    """
+    from flowexport.ops.flow_attention.op import variant_of
+    from flowexport.ops.flow_attention.reference import feature_map
+
+    variant = variant_of(arguments)
+    q, k = feature_map(q, variant), feature_map(k, variant)
+    context = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)  # (B, H, D, M)
+    return (q.transpose(1, 2) @ context).transpose(1, 2)
+
+
 def published_program(subject: Subject, path: Path) -> None:
     """Save a subject's module as :func:`save_published` does."""
     save_published(subject.module, subject.spec.inputs, subject.spec.name, path)
