@@ -21,6 +21,9 @@ _SHORT = {
     "palette4": "pal4",
 }
 _HEIGHT = 330
+_WIDTHS = (310, 500, 700, 1030)
+"""Pixels of a plot on a phone 390 wide, and up to the page's widest."""
+_Box = tuple[float, float, float, float]
 
 
 def render_front(document: Mapping[str, Any]) -> str:
@@ -91,25 +94,35 @@ def _scatter(points: Sequence[Mapping[str, Any]], key: str, label: str, judged: 
     up = _around(heights, 0.5 if judged else 4.0)
     biggest = max(p["size_bytes"] for p in points)
     body = _grid(across, up, judged)
-    taken: list[tuple[float, float]] = []
-    for p, y in sorted(zip(points, heights, strict=True), key=lambda pair: -pair[0]["size_bytes"]):
-        left, top = across.at(float(p[key])), 100 - up.at(y)
-        radius = 4 + 9 * math.sqrt(p["size_bytes"] / biggest)
+    places = [
+        (
+            _x(across.at(float(p[key]))),
+            _y(100 - up.at(y)),
+            4 + 9 * math.sqrt(p["size_bytes"] / biggest),
+        )
+        for p, y in zip(points, heights, strict=True)
+    ]
+    best = _front(
+        {
+            i: (float(p[key]), y)
+            for i, (p, y) in enumerate(zip(points, heights, strict=True))
+            if p["verdict"] != "FAIL"
+        }
+    )
+    labels, marks = _Labels(places), ""
+    for i in sorted(range(len(points)), key=lambda i: -points[i]["size_bytes"]):
+        p, (left, top, radius) = points[i], places[i]
         text = f"{p['name']}: {number(p[key])} {label.rsplit(', ')[-1]}, {p['size']}, "
         text += p["accuracy_text"] if judged else f"{p['sqnr']} dB"
         kind = f"point t{p['order']}" + (" front" if p["on_front"] else "")
         kind += " failed" if p["verdict"] == "FAIL" else ""
         body += (
-            f'<circle class="{kind}" cx="{_x(left)}%" cy="{_y(top)}%" r="{radius:.1f}">'
+            f'<circle class="{kind}" cx="{left}%" cy="{top}%" r="{radius:.1f}">'
             f"<title>{escape(text)}</title></circle>"
         )
-        offset = _free(left, top, taken)
-        side = "end" if left > 70 else "start"
-        shift = -(radius + 3) if side == "end" else radius + 3
-        body += (
-            f'<text class="mark t{p["order"]}" x="{_x(left)}%" y="{_y(top)}%" dx="{shift:.0f}"'
-            f' dy="{4 + offset}" text-anchor="{side}">{escape(p["short"])}</text>'
-        )
+        if p["on_front"] if key == "latency_ms" else i in best:
+            marks += labels.mark(i, p["short"], f"t{p['order']}")
+    body += marks
     title = f"{'accuracy' if judged else 'SQNR'} over {label}, {len(points)} points"
     return (
         f'<svg class="plot scatter" width="100%" height="{_HEIGHT}" role="img"'
@@ -158,14 +171,78 @@ def _grid(across: svg.Axis, up: svg.Axis, judged: bool) -> str:
     return body
 
 
-def _free(left: float, top: float, taken: list[tuple[float, float]]) -> int:
-    """Return how many pixels to move a label down so that it covers no other."""
-    for offset in (0, 13, -13, 26, -26, 39, -39, 52):
-        place = top + offset * 100 / (_HEIGHT * 0.84)
-        if all(abs(left - x) > 13 or abs(place - y) > 4.2 for x, y in taken):
-            taken.append((left, place))
-            return offset
-    return 0
+def _front(places: Mapping[int, tuple[float, float]]) -> set[int]:
+    """Return which (across, up) no other beats: as far left and as far up, and farther in one."""
+    return {
+        i
+        for i, (x, y) in places.items()
+        if not any(a <= x and b >= y and (a < x or b > y) for a, b in places.values())
+    }
+
+
+class _Labels:
+    """Places labels so that they cover neither each other nor a point, however wide the plot.
+
+    Points stand at percentages, texts keep their pixels.
+    """
+
+    def __init__(self, points: Sequence[tuple[float, float, float]]) -> None:
+        """
+        Args:
+            points: left and top in percent of the plot, radius in pixels.
+        """
+        self._points = points
+        self._taken: dict[int, list[_Box]] = {
+            width: [
+                (
+                    x * width / 100 - r,
+                    y * _HEIGHT / 100 - r,
+                    x * width / 100 + r,
+                    y * _HEIGHT / 100 + r,
+                )
+                for x, y, r in points
+            ]
+            for width in _WIDTHS
+        }
+
+    def mark(self, index: int, text: str, kind: str) -> str:
+        """Return the label of a point, with a line to it where it had to move; empty: no room."""
+        left, top, radius = self._points[index]
+        wide = 6.3 * len(text)
+        for down in (0, *(sign * 14 * n for n in range(1, 15) for sign in (-1, 1))):
+            for side in (1, -1):
+                away = side * (radius + 4 + min(abs(down) / 4, 10))
+                boxes = {
+                    w: self._box(w, left, top + 100 * down / _HEIGHT, away, wide) for w in _WIDTHS
+                }
+                if all(self._free(w, box, index) for w, box in boxes.items()):
+                    for width, box in boxes.items():
+                        self._taken[width].append(box)
+                    line = (
+                        f'<line class="lead {kind}" x2="{away:.0f}" y2="{down}"/>' if down else ""
+                    )
+                    anchor = "end" if side < 0 else "start"
+                    return (
+                        f'<svg x="{left}%" y="{top}%" overflow="visible">{line}'
+                        f'<text class="mark {kind}" x="{away:.0f}" y="{down + 4}"'
+                        f' text-anchor="{anchor}">{escape(text)}</text></svg>'
+                    )
+        return ""
+
+    @staticmethod
+    def _box(width: int, left: float, top: float, away: float, wide: float) -> _Box:
+        x, y = left * width / 100 + away, top * _HEIGHT / 100
+        return (x - wide if away < 0 else x, y - 7, x if away < 0 else x + wide, y + 7)
+
+    def _free(self, width: int, box: _Box, index: int) -> bool:
+        low, upper, high, lower = box
+        if low < 0.09 * width or high > width + 8 or upper < 0 or lower > 0.87 * _HEIGHT:
+            return False
+        return not any(
+            low < b[2] and b[0] < high and upper < b[3] and b[1] < lower
+            for i, b in enumerate(self._taken[width])
+            if i != index
+        )
 
 
 def _conditions(found: Mapping[str, Any]) -> str | None:
