@@ -135,7 +135,11 @@ def test_list_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"japanese-vowels", "digits"} <= {r["name"] for r in listed["recipes"]}
     assert "flowformer-vision-224" in {m["name"] for m in listed["models"]}
     assert "onnx" in {t["name"] for t in listed["targets"]}
-    targets = call(capsys, "doctor")["targets"]
+    told = call(capsys, "doctor")
+    for entry in told["runners"].values():
+        assert (entry["available"] and entry["ready"]) or (entry["reason"] and entry["fix"])
+    assert set(told["runners"]) == {"qemu-aarch64", "tflite-2.14"}
+    targets = told["targets"]
     assert targets["onnx"]["converts"] and targets["onnx"]["runs"]
     for entry in targets.values():
         assert entry["converts"] or (entry["reason"] and entry["fix"])

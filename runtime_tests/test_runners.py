@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import sysconfig
@@ -15,6 +16,7 @@ from way_tools import finished_bundle, refused
 
 import flowexport
 from flowexport.bundle import Bundle
+from flowexport.cli import run
 from flowexport.core.errors import (
     InputError,
     UnavailableError,
@@ -23,7 +25,7 @@ from flowexport.core.errors import (
 )
 from flowexport.core.types import Artifact, Verdict
 from flowexport.registry import TARGETS
-from flowexport.runners import RUNNERS, Machine, RunnerTarget, debian, machine, prepare
+from flowexport.runners import RUNNERS, Machine, RunnerTarget, debian, machine, prepare, probe
 
 HERE = Machine(
     name="here",
@@ -141,6 +143,35 @@ def test_an_old_runtime_without_its_python_says_what_mends_it(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UnavailableError, match=r"wheels for Python 3\.11, 3\.10, 3\.9; this is 3"):
         prepare("tflite-2.14")
+
+
+def test_doctor_tells_what_a_runner_lacks_and_fetches_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLOWEXPORT_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "require_debian", lambda where: None)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    for name in RUNNERS:
+        found = probe(name)
+        assert found.available and not found.ready and "MB on disk" in found.fetches
+        assert found.folder is not None and found.folder.is_relative_to(tmp_path)
+    found.folder.mkdir(parents=True)
+    assert not probe(name).ready, "half set up"
+    (found.folder / "facts.json").write_text("{}")
+    assert probe(name).ready
+    monkeypatch.undo()
+    monkeypatch.setenv("FLOWEXPORT_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    assert run(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["runners"]
+    assert told["tflite-2.14"]["fix"] == "python -m ensurepip"
+    assert "apt-get, dpkg-deb is missing" in told["qemu-aarch64"]["reason"]
+    assert not any(entry["available"] or entry["ready"] for entry in told.values())
+    assert not (tmp_path / "empty").exists()
+    with pytest.raises(UnknownNameError):
+        probe("qemu-arm64")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from flowexport.cli.console import out_console, print_json
 
 
 def doctor(json: options.Json = False) -> int:
-    """Say of each target whether it converts and runs here, why not, and what mends it."""
+    """Say of each target and each runner of `verify` whether it works here, and what mends it."""
     from rich.table import Table
 
     document = _collect()
@@ -34,6 +34,14 @@ def doctor(json: options.Json = False) -> int:
         marks = ("[green]yes[/]" if entry[k] else "[yellow]no[/]" for k in ("converts", "runs"))
         table.add_row(name, *marks, versions or "-", text or "-")
     console.print(table)
+    runners = Table(pad_edge=False)
+    for column in ("runner", "available", "set up", "packages", "why not, and what mends it"):
+        runners.add_column(column, overflow="fold")
+    for name, entry in document["runners"].items():
+        text = "\n".join(filter(None, (entry["reason"], entry["fix"] and f"fix: {entry['fix']}")))
+        marks = ("[green]yes[/]" if entry[k] else "[yellow]no[/]" for k in ("available", "ready"))
+        runners.add_row(name, *marks, ", ".join(entry["packages"]) or "-", text or "-")
+    console.print(runners)
     for broken in document["broken"]:
         console.print(f"broken {broken['name']}: {broken['reason']}", markup=False)
     return 0
@@ -45,6 +53,7 @@ def _collect() -> dict[str, Any]:
 
     from flowexport import __version__
     from flowexport.registry import DATASETS, MODELS, OPS, TARGETS
+    from flowexport.runners import RUNNERS
 
     targets = {}
     for name, target in sorted(TARGETS.working().items()):
@@ -78,5 +87,24 @@ def _collect() -> dict[str, Any]:
             "torch": importlib.metadata.version("torch"),
         },
         "targets": targets,
+        "runners": {name: _runner(name) for name in RUNNERS},
         "broken": broken,
+    }
+
+
+def _runner(name: str) -> dict[str, Any]:
+    from flowexport.runners import probe
+
+    found = probe(name)
+    reason, fix = found.reason, found.fix
+    if found.available and not found.ready:
+        reason = f"not set up yet; the first use does it ({found.fetches})"
+        fix = f"flowexport verify BUNDLE --runner {name}"
+    return {
+        "available": found.available,
+        "ready": found.ready,
+        "packages": list(found.packages),
+        "folder": None if found.folder is None else str(found.folder),
+        "reason": reason,
+        "fix": fix,
     }

@@ -48,13 +48,7 @@ def unpack(folder: Path, where: str, *, python: str) -> dict[str, Any]:
     Raises:
         UnavailableError: the system is no Debian, or apt cannot get the packages.
     """
-    missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
-    if missing or not KEYRING.is_file():
-        lacks = ", ".join(missing) or str(KEYRING)
-        raise UnavailableError(
-            f"{where}: it is set up from Debian's packages, and {lacks} is missing here.",
-            fix="run it on Debian 12 or newer, or in a container of it",
-        )
+    require_debian(where)
     apt = folder / "apt"
     for part in ("lists/partial", "cache/archives/partial", "none"):
         (apt / part).mkdir(parents=True)
@@ -83,6 +77,17 @@ def unpack(folder: Path, where: str, *, python: str) -> dict[str, Any]:
     shutil.rmtree(host)
     shutil.rmtree(apt)
     return {"qemu": version}
+
+
+def require_debian(where: str) -> None:
+    """Raise UnavailableError unless Debian's packages can be fetched and unpacked here."""
+    missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
+    if missing or not KEYRING.is_file():
+        lacks = ", ".join(missing) or str(KEYRING)
+        raise UnavailableError(
+            f"{where}: it is set up from Debian's packages, and {lacks} is missing here.",
+            fix="run it on Debian 12 or newer, or in a container of it",
+        )
 
 
 def _arm_packages(python: str) -> tuple[str, ...]:

@@ -12,13 +12,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from flowexport.core.errors import UnavailableError, UnknownNameError
 from flowexport.core.folders import cache_dir
 from flowexport.core.toolchain import installed_versions
-from flowexport.runners.debian import unpack
+from flowexport.runners.debian import require_debian, unpack
 
 QEMU = "qemu-aarch64"
 OLD_TFLITE = "tflite-2.14"
@@ -52,6 +53,31 @@ class Machine:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a runner would be on this machine.
+
+    Attributes:
+        packages: requirements of what runs there.
+        folder: in the cache, made on first use.
+        available: whether it can be had here.
+        fetches: what the first use leaves in the cache, in words.
+        reason, fix: where it cannot.
+    """
+
+    packages: tuple[str, ...] = ()
+    folder: Path | None = None
+    available: bool = True
+    fetches: str = ""
+    reason: str | None = None
+    fix: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it was set up before."""
+        return self.folder is not None and (self.folder / _FACTS).is_file()
+
+
 Tell = Callable[[str], None]
 
 
@@ -70,8 +96,30 @@ def prepare(name: str, tell: Tell = lambda what: None) -> Machine:
     return RUNNERS[name](tell)
 
 
-def qemu_aarch64(tell: Tell) -> Machine:
-    """Return ONNX Runtime and LiteRT for ARM, of the versions installed here, under qemu."""
+def probe(name: str) -> Setup:
+    """Say whether a runner can be had here, without fetching or running anything.
+
+    Raises:
+        UnknownNameError: no such runner.
+    """
+    if name not in _SETUPS:
+        raise UnknownNameError("runner", name, _SETUPS)
+    try:
+        setup = _SETUPS[name]()
+        if not setup.ready:
+            if name == QEMU:
+                require_debian(f"runner {name}")
+            if find_spec("pip") is None:
+                raise UnavailableError(
+                    f"runner {name}: pip is not installed in this Python; its packages come by it.",
+                    fix="python -m ensurepip",
+                )
+    except UnavailableError as error:
+        return Setup(available=False, reason=error.message, fix=error.fix)
+    return setup
+
+
+def _qemu_setup() -> Setup:
     if platform.machine() in ("aarch64", "arm64"):
         raise UnavailableError(
             f"runner {QEMU}: this machine is {platform.machine()} itself; expected another.",
@@ -83,17 +131,24 @@ def qemu_aarch64(tell: Tell) -> Machine:
             fix="run it in a Linux container",
         )
     versions = installed_versions("onnxruntime", "ai-edge-litert", "numpy")
-    packages = [f"{name}=={version}" for name, version in versions.items()]
+    packages = tuple(f"{name}=={version}" for name, version in versions.items())
+    folder = _folder(QEMU, [PYTHON_ARM, *packages])
+    return Setup(packages, folder, fetches="240 MB on disk")
+
+
+def qemu_aarch64(tell: Tell) -> Machine:
+    """Return ONNX Runtime and LiteRT for ARM, of the versions installed here, under qemu."""
+    setup = _qemu_setup()
 
     def build(folder: Path) -> dict[str, Any]:
         tell("qemu and an ARM Python from Debian (95 MB)")
         found = unpack(folder, f"runner {QEMU}", python=PYTHON_ARM)
-        tell(f"ARM wheels of {', '.join(packages)}")
+        tell(f"ARM wheels of {', '.join(setup.packages)}")
         tags = [f"--platform={tag}" for tag in _ARM_WHEELS]
-        _install(folder / "site", packages, PYTHON_ARM, tags, QEMU)
+        _install(folder / "site", setup.packages, PYTHON_ARM, tags, QEMU)
         return found
 
-    folder, facts = _cached(QEMU, [PYTHON_ARM, *packages], build)
+    folder, facts = _cached(setup, build)
     python = folder / "root" / "usr" / "bin" / f"python{PYTHON_ARM}"
     return Machine(
         name=QEMU,
@@ -106,14 +161,21 @@ def qemu_aarch64(tell: Tell) -> Machine:
     )
 
 
-def tflite_2_14(tell: Tell) -> Machine:
-    """Return tflite-runtime 2.14 with a numpy of its time."""
+def _old_setup() -> Setup:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise UnavailableError(
             f"runner {OLD_TFLITE}: tflite-runtime 2.14 has wheels for Linux on x86_64 and aarch64"
             f" (this is {sys.platform} on {platform.machine()}).",
             fix="run it in a Linux container",
         )
+    _, version = _old_python()
+    folder = _folder(OLD_TFLITE, [version, *OLD_PACKAGES])
+    return Setup(OLD_PACKAGES, folder, fetches="75 MB on disk")
+
+
+def tflite_2_14(tell: Tell) -> Machine:
+    """Return tflite-runtime 2.14 with a numpy of its time."""
+    setup = _old_setup()
     python, version = _old_python()
 
     def build(folder: Path) -> dict[str, Any]:
@@ -122,7 +184,7 @@ def tflite_2_14(tell: Tell) -> Machine:
         _install(folder / "site", OLD_PACKAGES, version, [tag], OLD_TFLITE)
         return {}
 
-    folder, facts = _cached(OLD_TFLITE, [version, *OLD_PACKAGES], build)
+    folder, facts = _cached(setup, build)
     return Machine(
         name=OLD_TFLITE,
         targets=("tflite",),
@@ -136,6 +198,7 @@ def tflite_2_14(tell: Tell) -> Machine:
 
 RUNNERS: Mapping[str, Callable[[Tell], Machine]] = {QEMU: qemu_aarch64, OLD_TFLITE: tflite_2_14}
 """Runner -> what prepares it."""
+_SETUPS: Mapping[str, Callable[[], Setup]] = {QEMU: _qemu_setup, OLD_TFLITE: _old_setup}
 
 
 def _old_python() -> tuple[str, str]:
@@ -153,15 +216,18 @@ def _old_python() -> tuple[str, str]:
     )
 
 
-def _cached(
-    name: str, parts: Sequence[str], build: Callable[[Path], dict[str, Any]]
-) -> tuple[Path, dict[str, Any]]:
-    """Return the folder that ``build`` filled for these parts, now or earlier, and its facts."""
+def _folder(name: str, parts: Sequence[str]) -> Path:
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    folder = cache_dir("runners") / f"{name}-{key}"
-    if not (folder / _FACTS).is_file():
+    return cache_dir("runners") / f"{name}-{key}"
+
+
+def _cached(setup: Setup, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """Return the folder that ``build`` filled for a setup, now or earlier, and its facts."""
+    folder = setup.folder
+    assert folder is not None
+    if not setup.ready:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             made = Path(temporary) / "made"
             made.mkdir()
             facts = build(made)
