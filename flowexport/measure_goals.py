@@ -71,7 +71,7 @@ def measure_row(row: Row, *, rounds: int | None = None) -> dict[str, Any]:
 
     Returns:
         The row's fields, and ``ratio``, ``limit`` (of the projections alone) and
-        ``products_limit`` (with features and products; both a layer's row only),
+        ``products_limit`` (with features and products; layers, softmax the latter only),
         ``own_forward_over_step`` (a step's row), ``ms``, ``max_rel``, ``form``, ``partitions``
         (LiteRT), ``operators`` of each file by name, ``memory`` (loading and running, and
         ``run_``: running alone), ``load`` and ``reached``. Where the published form needs

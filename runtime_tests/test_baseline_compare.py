@@ -15,12 +15,20 @@ from torch import nn
 from way_tools import refused, write_model
 
 from flowexport.baseline import compare, compare_sessions
-from flowexport.baseline.programs import lowered, projections_only, published_program
+from flowexport.baseline.programs import (
+    features_and_products,
+    features_and_products_untransposed,
+    lowered,
+    projections_only,
+    published_program,
+)
 from flowexport.baseline.stock import export_stock
 from flowexport.cli import run
 from flowexport.core.errors import InputError, VerificationError
 from flowexport.core.types import Artifact, Options, Session
 from flowexport.lowering.replaced import Replaced
+from flowexport.ops.flow_attention import VARIANTS, op_arguments
+from flowexport.ops.flow_attention.reference import feature_map
 from flowexport.registry import OPS, TARGETS
 from flowexport.resolve import Subject, find_recipe, resolve
 
@@ -213,3 +221,13 @@ def test_a_recipe_of_other_targets_says_which_there_are(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(text)
     with pytest.raises(InputError, match="none of the recipe's targets has a stock exporter"):
         compare.compare_recipe(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize("bound", [features_and_products, features_and_products_untransposed])
+@pytest.mark.parametrize("name", ["vision", "lra"])
+def test_the_bound_with_products_is_linear_attention_without_a_flow(bound: Any, name: str) -> None:
+    variant = VARIANTS[name]
+    q, k, v = (torch.randn(2, n, 3, w, dtype=torch.float64) for n, w in ((5, 4), (7, 4), (7, 6)))
+    fq, fk = feature_map(q, variant), feature_map(k, variant)
+    wanted = torch.einsum("blhd,bshd,bshm->blhm", fq, fk, v)
+    torch.testing.assert_close(bound(q, k, v, *op_arguments(variant)), wanted)
