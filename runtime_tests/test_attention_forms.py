@@ -15,6 +15,7 @@ from flowexport.core.errors import InputError
 from flowexport.ops.flow_attention import (
     VARIANTS,
     FlowVariant,
+    causal,
     flow_attention_reference,
     op_arguments,
 )
@@ -143,7 +144,7 @@ def test_no_bare_reciprocal(name: str, form: str) -> None:
 
 
 KINDS = ("vision", "timeseries", "lra", "mobile", "causal")
-DYNAMIC = [(n, f) for n, f in PAIRS if f != "causal_chunked" and n in KINDS]
+DYNAMIC = [(n, f) for n, f in PAIRS if not f.startswith("causal_chunked") and n in KINDS]
 
 
 @pytest.mark.parametrize(("name", "form"), DYNAMIC)
@@ -189,6 +190,31 @@ def test_prefix_over_chunks_in_two_levels(count: int) -> None:
     x = torch.randn(2, count, 3, 2, dtype=torch.float64)
     truth = x.cumsum(1) - x
     torch.testing.assert_close(exclusive_prefix(x), truth, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n, v in ALL.items() if v.causal])
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 2), (6, 3), (5, 5), (4, 4)])
+def test_heads_in_groups_equal_the_reference(
+    name: str, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width, value_width, length = 4, 6, 131
+    monkeypatch.setattr(causal, "GROUP", -(-length * value_width * heads // groups))
+    assert causal._groups(heads, length * value_width * heads) == groups
+    for at, shape in RANGES.items():
+        q, k, v = inputs(2, length, length, heads, width, value_width, 5)
+        q, k = shape(q), shape(k)
+        assert error("causal_chunked_heads", q, k, v, ALL[name]) <= EXACT, at
+    whole = FORMS["causal_chunked"](q, k, v, *op_arguments(ALL[name]))
+    parts = FORMS["causal_chunked_heads"](q, k, v, *op_arguments(ALL[name]))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("heads", "elements", "groups"),
+    [(8, 1 << 17, 1), (8, (1 << 17) + 1, 2), (8, 1 << 21, 8), (7, 1 << 18, 7), (3, 0, 1)],
+)
+def test_groups_divide_the_heads(heads: int, elements: int, groups: int) -> None:
+    assert causal._groups(heads, elements) == groups and heads % groups == 0
 
 
 def test_long_causal_sequence_takes_two_levels() -> None:

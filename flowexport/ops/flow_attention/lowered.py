@@ -12,7 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite
-from flowexport.ops.flow_attention.causal import causal_chunked, causal_triangular
+from flowexport.ops.flow_attention.causal import (
+    causal_chunked,
+    causal_chunked_heads,
+    causal_triangular,
+)
 from flowexport.ops.flow_attention.causal_half import causal_means
 from flowexport.ops.flow_attention.half import means
 from flowexport.ops.flow_attention.noncausal import channel_first, channel_first_sums, token_major
@@ -37,6 +41,7 @@ FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "token_major": token_major,
         "means": means,
         "causal_chunked": causal_chunked,
+        "causal_chunked_heads": causal_chunked_heads,
         "causal_triangular": causal_triangular,
         "causal_means": causal_means,
     }
