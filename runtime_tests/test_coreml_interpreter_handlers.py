@@ -13,10 +13,15 @@ import torch
 
 ct = pytest.importorskip("coremltools", reason="coremltools is not installed")
 
-from coreml_interpreter_cases import CASES, MIL_TYPES, Case  # noqa: E402
+from coreml_interpreter_cases import CASES as SMALL  # noqa: E402
+from coreml_interpreter_cases import MIL_TYPES, Case  # noqa: E402
+from coreml_interpreter_layers import LAYERS, MODULES  # noqa: E402
 from coremltools.converters.mil.mil import Builder as mb  # noqa: E402, N813
 from coremltools.converters.mil.mil import Function, Program, types  # noqa: E402
 
+from flowexport.core.types import Options, TensorSpec  # noqa: E402
+from flowexport.lowering import lower  # noqa: E402
+from flowexport.targets.coreml import TARGET  # noqa: E402
 from flowexport.targets.coreml.interpreter import Interpreter, machine  # noqa: E402
 from flowexport.targets.coreml.interpreter.handlers import (  # noqa: E402
     _KINDS,
@@ -24,6 +29,7 @@ from flowexport.targets.coreml.interpreter.handlers import (  # noqa: E402
     HANDLERS,
 )
 
+CASES = [*SMALL, *LAYERS]
 # Operators whose test is not a case: they need weights, states or a classifier.
 ELSEWHERE = {"classify", "coreml_update_state", "read_state"}
 RELATIVE = 2e-6  # float32: the same torch kernels, or sums of at most a hundred terms
@@ -151,10 +157,40 @@ def test_handlers_equal_coremltools_value_inference() -> None:
     assert len(compared) >= 60, sorted(compared)
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_layers_as_torch_users_write_them(name: str, tmp_path: Path) -> None:
+    module, shape, operators = MODULES[name]
+    spec = TensorSpec("x", ("batch", *shape[1:]))
+    artifact = TARGET.convert(
+        lower(module.eval(), [spec], ["y"], name="layers", ops=()), Options(), tmp_path
+    )
+    assert operators <= set(artifact.details["operators"])
+    x = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+    with torch.no_grad():
+        want = module(torch.from_numpy(x)).numpy()
+    assert_equal(Interpreter(artifact.path).run({"x": x})["y"], want)
+
+
 def test_every_handler_has_a_case() -> None:
     covered = {c.op for c in CASES} | ELSEWHERE
     assert set(HANDLERS) - covered == set()
     assert covered - set(HANDLERS) == set()
+
+
+def test_coverage_is_counted_over_coremltools_own_registry() -> None:
+    from flowexport.targets.coreml.interpreter.__main__ import coverage, table
+    from flowexport.targets.coreml.interpreter.handlers import CONSTEXPR, HANDLERS
+
+    kinds = coverage()
+    known = {name for names, _ in kinds.values() for name in names}
+    unknown = {name for _, names in kinds.values() for name in names}
+    assert not known & unknown and {"conv", "read_state"} <= known and "gru" in unknown
+    # Handlers of operators that the registry does not list as core ones are told by nobody.
+    assert known <= {*HANDLERS, *CONSTEXPR, "const"}
+    text = table(kinds)
+    assert text.endswith(
+        f"{len(known)} of {len(known) + len(unknown)} operators of the ML Program dialect."
+    )
 
 
 def test_no_operator_has_two_handlers() -> None:

@@ -390,19 +390,3 @@ def test_damaged_packages_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="mode is 'bf16'; expected one of"):
         Interpreter(tmp_path, mode="bf16")
-
-
-def test_coverage_is_counted_over_coremltools_own_registry() -> None:
-    from flowexport.targets.coreml.interpreter.__main__ import coverage, table
-    from flowexport.targets.coreml.interpreter.handlers import CONSTEXPR, HANDLERS
-
-    kinds = coverage()
-    known = {name for names, _ in kinds.values() for name in names}
-    unknown = {name for _, names in kinds.values() for name in names}
-    assert not known & unknown and {"conv", "read_state"} <= known and "lstm" in unknown
-    # Handlers of operators that the registry does not list as core ones are told by nobody.
-    assert known <= {*HANDLERS, *CONSTEXPR, "const"}
-    text = table(kinds)
-    assert text.endswith(
-        f"{len(known)} of {len(known) + len(unknown)} operators of the ML Program dialect."
-    )

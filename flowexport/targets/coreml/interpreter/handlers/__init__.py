@@ -10,14 +10,16 @@ from flowexport.targets.coreml.interpreter.handlers import (
     elementwise,
     linear,
     model,
+    recurrent,
     reduction,
+    resizing,
     shape,
 )
 from flowexport.targets.coreml.interpreter.handlers._values import TORCH_TYPES, Handler
 from flowexport.targets.coreml.interpreter.handlers.model import CONSTEXPR, StateCell
 from flowexport.targets.coreml.interpreter.handlers.shape import MOVES
 
-_KINDS = (elementwise, reduction, shape, linear, activation, model)
+_KINDS = (elementwise, reduction, shape, linear, activation, model, recurrent, resizing)
 
 HANDLERS: Mapping[str, Handler] = MappingProxyType(
     {name: handler for kind in _KINDS for name, handler in kind.HANDLERS.items()}

@@ -124,6 +124,47 @@ def conv(
     return result if bias is None else result + bias.reshape(-1, *[1] * rank)
 
 
+def conv_transpose(
+    math: Arithmetic,
+    *,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pad: Tensor | None = None,
+    output_shape: Tensor | None = None,
+    pad_type: str,
+    strides: Tensor,
+    dilations: Tensor,
+    groups: Tensor,
+) -> Tensor:
+    require(not math.narrow, "conv_transpose in acc16; expected another mode")
+    require(pad_type in ("valid", "custom"), f"pad_type is {pad_type}; expected valid or custom")
+    rank = weight.dim() - 2
+    convolve: Callable[..., Tensor] = (
+        F.conv_transpose1d,
+        F.conv_transpose2d,
+        F.conv_transpose3d,
+    )[rank - 1]
+    whole = convolve(x, weight, bias, ints(strides), groups=int(groups), dilation=ints(dilations))
+    amounts = [0] * (2 * rank) if pad is None or pad_type == "valid" else ints(pad)
+    sizes = None if output_shape is None else ints(output_shape)[2:]
+    for axis in range(rank):
+        before, after = amounts[2 * axis : 2 * axis + 2]
+        size = whole.shape[2 + axis] - before - after
+        if sizes is not None:
+            size = sizes[axis]
+            missing = before + size - whole.shape[2 + axis]
+            if missing > 0:  # what no tap reaches is the bias
+                shape = list(whole.shape)
+                shape[2 + axis] = missing
+                edge = torch.zeros(shape, dtype=whole.dtype)
+                if bias is not None:
+                    edge = edge + bias.reshape(-1, *[1] * rank)
+                whole = torch.cat([whole, edge], 2 + axis)
+        whole = whole.narrow(2 + axis, before, size)
+    return whole
+
+
 def max_pool(
     math: Arithmetic,
     *,
@@ -173,6 +214,7 @@ HANDLERS: Mapping[str, Handler] = MappingProxyType(
     {
         "avg_pool": avg_pool,
         "conv": conv,
+        "conv_transpose": conv_transpose,
         "einsum": einsum,
         "linear": linear,
         "matmul": matmul,
