@@ -24,7 +24,8 @@ from flowexport.recipes.recipe import ModelRef
 from flowexport.registry import TARGETS
 from flowexport.resolve import find_recipe
 from flowexport.targets.onnx import TARGET as ONNX
-from flowexport.targets.onnx.quantise import INTEGER, _safe_ranges
+from flowexport.targets.onnx.integer import safe_ranges, static
+from flowexport.targets.onnx.quantise import INTEGER
 
 RNG = np.random.default_rng(5)
 WEIGHTS = {"a.fc": RNG.standard_normal((6, 4)), "b.qkv": RNG.standard_normal((12, 4))}
@@ -152,7 +153,7 @@ def test_no_pair_of_products_can_saturate_in_16_bits() -> None:
     weight[0:2] = 3.0  # the two largest of each channel, neighbours of one sign
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="layer")
     graph = onnx.helper.make_graph([node], "g", [], [], [onnx.numpy_helper.from_array(weight, "w")])
-    ranges = _safe_ranges(onnx.helper.make_model(graph), ["layer"])["w"]
+    ranges = safe_ranges(onnx.helper.make_model(graph), ["layer"])["w"]
     safe = np.rint(weight / (np.array([r["rmax"] for r in ranges]) / 127))
     full = np.rint(weight / (np.abs(weight).max(axis=0) / 127))
     assert 255 * np.abs(full[0::2] + full[1::2]).max() > 32767
@@ -164,9 +165,7 @@ def test_static_without_samples_is_refused(tmp_path: Path) -> None:
     plain = program(Precision.FP32)
     three = replace(plain, exported=plain.exported)
     with pytest.raises(ConversionError, match="calibration"):
-        from flowexport.targets.onnx.quantise import _static
-
-        _static(onnx.ModelProto(), ["x"], Options(Precision.INT8_STATIC), three, False)
+        static(onnx.ModelProto(), ["x"], Options(Precision.INT8_STATIC), three, False)
 
 
 @pytest.mark.slow

@@ -6,11 +6,8 @@ What stays in floating point is decided by named rules
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,18 +20,15 @@ from flowexport.lowering.quantisation import (
     Treatment,
     decide,
     prove,
-    read_samples,
     treatment_of,
 )
 from flowexport.targets.onnx.function import DOMAIN
+from flowexport.targets.onnx.integer import channels, dynamic, static, weight_place
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-WEIGHTED = ("MatMul", "Gemm", "Conv")
 INTEGER = ("MatMulInteger", "QLinearMatMul")
-BATCH = 32
-"""Samples that one run of the calibration takes, where the batch is dynamic."""
 
 
 def quantise(
@@ -48,7 +42,7 @@ def quantise(
 
     On x86 without VNNI the product of unsigned activations and signed weights
     saturates in 16 bits, silently (measured: 12 dB instead of 48): the scales of
-    the weights are chosen so that it cannot (:func:`_safe_ranges`).
+    the weights are chosen so that it cannot (:func:`~flowexport.targets.onnx.integer.safe_ranges`).
 
     Args:
         model: with named initializers and attention nodes.
@@ -65,17 +59,17 @@ def quantise(
     decisions = decide(
         layers, options.precision, options.keep_float, where=where, integer_convolutions=False
     )
-    static = options.precision is Precision.INT8_STATIC
-    model = _split_biases(model) if static else _split_gemms(model)
+    biased = options.precision is Precision.INT8_STATIC
+    model = _split_biases(model) if biased else _split_gemms(model)
     paths = _name_nodes(model, layers, where)
     nodes = {name: treatment_of(parts, decisions) for name, parts in paths.items()}
     integer = [n for n, t in nodes.items() if t is Treatment.INTEGER]
     functions = [f.SerializeToString(deterministic=True) for f in model.functions]
     calibration = None
     if integer and options.precision is Precision.INT8_DYNAMIC:
-        model = _dynamic(model, integer)
+        model = dynamic(model, integer)
     elif integer:
-        model, calibration = _static(model, integer, options, program, symmetric)
+        model, calibration = static(model, integer, options, program, symmetric)
     _store(model, [n for n, t in nodes.items() if t is Treatment.WEIGHTS])
     _compact(model, {*nodes, *(f"{n}_quant" for n in nodes)})
     if functions != [f.SerializeToString(deterministic=True) for f in model.functions]:
@@ -123,28 +117,6 @@ def _split_biases(model: ModelProto) -> ModelProto:
     return copied
 
 
-def _weight(node: NodeProto, initializers: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return which input is a node's weight, and the axis of its output channels."""
-    if node.op_type not in WEIGHTED:
-        return None
-    for position in (1, 0) if node.op_type == "MatMul" else (1,):
-        tensor = initializers.get(node.input[position])
-        if tensor is None or len(tensor.dims) < 2:
-            continue
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        first = node.op_type == "Conv" or position == 0 or transposed
-        return position, 0 if first else len(tensor.dims) - 1
-    return None
-
-
-def _channels(tensor: Any, axis: int) -> np.ndarray:
-    """Return a weight as (output channels, values a channel)."""
-    from onnx import numpy_helper
-
-    values = np.moveaxis(numpy_helper.to_array(tensor), axis, 0)
-    return values.reshape(len(values), -1)
-
-
 def _name_nodes(
     model: ModelProto, layers: Sequence[Layer], where: str
 ) -> dict[str, tuple[str, ...]]:
@@ -152,138 +124,13 @@ def _name_nodes(
     initializers = {i.name: i for i in model.graph.initializer}
     names = OperatorNames(layers, where, taken=(n.name for n in model.graph.node))
     for node in model.graph.node:
-        place = _weight(node, initializers)
+        place = weight_place(node, initializers)
         if place is None:
             continue
         tensor = initializers[node.input[place[0]]]
         operator = f"node {node.name or node.output[0]}"
-        node.name = names.name(operator, _channels(tensor, place[1]), tensor.dims)
+        node.name = names.name(operator, channels(tensor, place[1]), tensor.dims)
     return names.paths
-
-
-def _dynamic(model: ModelProto, nodes: Sequence[str]) -> ModelProto:
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = Path(folder) / "model.onnx"
-        quantize_dynamic(
-            model,
-            path,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=list(nodes),
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            extra_options={"TensorQuantOverrides": _safe_ranges(model, nodes)},
-        )
-        return onnx.load(path)
-
-
-def _static(
-    model: ModelProto,
-    nodes: Sequence[str],
-    options: Options,
-    program: LoweredProgram,
-    symmetric: bool,
-) -> tuple[ModelProto, dict[str, Any]]:
-    import onnx
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-
-    if options.calibration is None:
-        raise ConversionError(
-            f"convert onnx {program.model}: {options.precision.value} has no calibration samples;"
-            " expected their file."
-        )
-    name, samples = read_samples(options.calibration)
-    count = len(next(iter(samples.values())))
-    dynamic = all(isinstance(s.shape[0], str) for s in program.inputs)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        path = Path(folder) / "model.onnx"
-        quantize_static(
-            model,
-            path,
-            _Reader(samples, BATCH if dynamic else 1),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_quantize=list(nodes),
-            per_channel=True,
-            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={
-                "ActivationSymmetric": symmetric,
-                "TensorQuantOverrides": {} if symmetric else _safe_ranges(model, nodes),
-                # The result of a product stays in floating point for what follows.
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
-                "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
-            },
-        )
-        quantised = onnx.load(path)
-    _round_for(quantised, nodes)
-    return quantised, {"dataset": name, "samples": count}
-
-
-def _round_for(model: ModelProto, nodes: Sequence[str]) -> None:
-    """Let only these nodes read rounded activations.
-
-    The quantizer gives every reader of a tensor the rounded one: a layer that is
-    kept in float beside an integer one, the residual stream, a norm.
-    """
-    producers = {o: n for n in model.graph.node for o in n.output}
-    for node in model.graph.node:
-        if node.name in nodes or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        for i, name in enumerate(node.input):
-            widened = producers.get(name)
-            if widened is None or widened.op_type != "DequantizeLinear":
-                continue
-            rounded = producers.get(widened.input[0])
-            if rounded is not None and rounded.op_type == "QuantizeLinear":
-                node.input[i] = rounded.input[0]
-
-
-def _safe_ranges(model: ModelProto, nodes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return each output channel's range so that no pair of products saturates.
-
-    AVX2's vpmaddubsw adds two neighbours along the summed axis in 16 bits:
-    255 (a + b) <= 32767 asks for |a + b| <= 128, which full-range weights of one
-    sign break. Most channels need a scale some 10 % coarser for it; leaving one bit
-    unused everywhere (ONNX Runtime's reduce_range) costs 6 dB instead.
-
-    Returns:
-        ``TensorQuantOverrides`` of ONNX Runtime's quantizer.
-    """
-    initializers = {i.name: i for i in model.graph.initializer}
-    ranges: dict[str, list[dict[str, Any]]] = {}
-    for node in model.graph.node:
-        place = _weight(node, initializers) if node.name in nodes else None
-        if place is None:
-            continue
-        tensor = initializers[node.input[place[0]]]
-        weights = _channels(tensor, place[1])
-        even = weights[:, : weights.shape[1] // 2 * 2]
-        pairs = np.abs(even[:, 0::2] + even[:, 1::2]).max(axis=1, initial=0)
-        # One step of room for the rounding of both.
-        limits = np.maximum(np.abs(weights).max(axis=1), pairs * (127 / 126))
-        ranges[tensor.name] = [
-            {"axis": place[1], "rmin": -float(r), "rmax": float(r)} for r in limits
-        ]
-    return ranges
-
-
-class _Reader:
-    """Feeds for ONNX Runtime's calibration (``CalibrationDataReader``)."""
-
-    def __init__(self, samples: Mapping[str, np.ndarray], batch: int) -> None:
-        self._feeds = self._batches(samples, batch)
-
-    @staticmethod
-    def _batches(samples: Mapping[str, np.ndarray], batch: int) -> Iterator[dict[str, Any]]:
-        count = len(next(iter(samples.values())))
-        for start in range(0, count, batch):
-            yield {name: values[start : start + batch] for name, values in samples.items()}
-
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self._feeds, None)
 
 
 def _store(model: ModelProto, names: Sequence[str]) -> None:
@@ -295,7 +142,7 @@ def _store(model: ModelProto, names: Sequence[str]) -> None:
     for node in model.graph.node:
         if node.name not in names:
             continue
-        place = _weight(node, initializers)
+        place = weight_place(node, initializers)
         assert place is not None
         position, axis = place
         tensor = initializers[node.input[position]]
@@ -403,14 +250,3 @@ def check_core(model: ModelProto, attentions: int, where: str) -> None:
             f"{where}: the file has {kept} attention cores with {inside or 'no'} integer"
             f" operators; expected {attentions} without."
         )
-
-
-class _quiet:  # noqa: N801
-    """Keeps the quantizer's advice about preprocessing, which was done, off the log."""
-
-    def __enter__(self) -> None:
-        self._level = logging.root.level
-        logging.root.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.root.setLevel(self._level)
