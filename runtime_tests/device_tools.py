@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from flowexport_models.data.sources import series_sources
 from flowexport.bench import bench_feeds, measure
 from flowexport.bundle import file_table, write_json
 from flowexport.core.types import Options
+from flowexport.devices import MergeResult, merge_reports
 from flowexport.devices.reading import encode
 from flowexport.package import Package
 from flowexport.parity import verify_artifact, write_evaluation, write_golden
 from flowexport.report import validate, write_report
 
 SUBJECT = "1" * 64
+Report = dict[str, Any]
 
 
 def write_bundle(folder: Path, name: str = "fakes", *, damaged: str | None = None) -> Path:
@@ -173,3 +176,27 @@ POWER = {"thermal": None, "battery_level": None, "charging": None}
 def save(path: Path, document: Any) -> Path:
     path.write_text(json.dumps(document))
     return path
+
+
+def merger(package: Package, folder: Path) -> Callable[..., MergeResult]:
+    """Return a function that merges reports of one package, again into the same place."""
+
+    def merge(*reports: Report, **options: Any) -> MergeResult:
+        files = [save(folder / f"report-{i}.json", r) for i, r in enumerate(reports)]
+        settings = {"packages": [package.path], "force": True, **options}
+        return merge_reports(files, folder / "out", **settings)
+
+    return merge
+
+
+def first(report: Report) -> Report:
+    run: Report = report["runs"][0]
+    return run
+
+
+def set_times(run: Report, times: list[Any], **more: Any) -> None:
+    run["latency"].update(inference_ms=times, pre_ms=None, duration_ms=None, **more)
+
+
+def one_wrong(run: Report) -> None:
+    run["evaluation"]["predictions"][3] ^= 1

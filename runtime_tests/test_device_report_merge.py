@@ -8,11 +8,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from device_tools import device_report, save, write_bundle
+from device_tools import (
+    Report,
+    device_report,
+    first,
+    merger,
+    one_wrong,
+    save,
+    set_times,
+    write_bundle,
+)
 from way_tools import names, refused
 
 from flowexport.bundle import write_json
@@ -24,8 +32,6 @@ from flowexport.devices.merge import FILES
 from flowexport.devices.reading import decode, encode
 from flowexport.package import Package, make_package
 from flowexport.report import validate
-
-Report = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +52,7 @@ def report(package: Package) -> Report:
 
 @pytest.fixture
 def merged(package: Package, tmp_path: Path) -> Callable[..., MergeResult]:
-    def merge(*reports: Report, **options: Any) -> MergeResult:
-        files = [save(tmp_path / f"report-{i}.json", r) for i, r in enumerate(reports)]
-        settings = {"packages": [package.path], "force": True, **options}
-        return merge_reports(files, tmp_path / "out", **settings)
-
-    return merge
+    return merger(package, tmp_path)
 
 
 def test_a_sound_report_passes(report: Report, merged: Callable[..., MergeResult]) -> None:
@@ -71,20 +72,11 @@ def test_a_sound_report_passes(report: Report, merged: Callable[..., MergeResult
         assert found["facts"]["memory"]["peak_bytes"] is None, "missing is null, never zero"
 
 
-def first(report: Report) -> Report:
-    run: Report = report["runs"][0]
-    return run
-
-
 def shifted(run: Report, by: float, case: int = 0) -> None:
     tensor = run["golden"][case]["outputs"][0]
     value = decode(tensor)
     assert isinstance(value, np.ndarray)
     run["golden"][case]["outputs"][0] = encode(tensor["name"], (value + by).astype(np.float32))
-
-
-def set_times(run: Report, times: list[Any], **more: Any) -> None:
-    run["latency"].update(inference_ms=times, pre_ms=None, duration_ms=None, **more)
 
 
 def drop_case(run: Report) -> None:
@@ -125,10 +117,6 @@ def other_dtype(run: Report) -> None:
 
 def wrong_predictions(run: Report) -> None:
     run["evaluation"]["predictions"] = [(p + 1) % 4 for p in run["evaluation"]["predictions"]]
-
-
-def one_wrong(run: Report) -> None:
-    run["evaluation"]["predictions"][3] ^= 1
 
 
 def no_class(run: Report) -> None:
@@ -333,55 +321,6 @@ def test_an_edited_bundle_report_changes_no_verdict(
     write_json(bad / "report.json", edited)
     with pytest.raises(BundleError, match=r"onnx\.latency"):
         merge_reports([bad], tmp_path / "out", force=True)
-
-
-def test_difference_beyond_noise(
-    package: Package, merged: Callable[..., MergeResult], tmp_path: Path
-) -> None:
-    before = merged(device_report(package, ms=2.0, seed=1))
-    earlier = Path(shutil.copy(before.path / "merge.json", tmp_path / "earlier.json"))
-    same = merged(device_report(package, ms=2.0, seed=2), against=earlier)
-    assert {e["change"] for e in same.document["difference"]["entries"]} == {"same"}
-
-    now = device_report(package, ms=3.0, seed=3)
-    one_wrong(first(now))
-    result = merged(now, against=earlier)
-    worse = {(e["key"]["format"], e["metric"]) for e in result.worse}
-    latency = {("onnx", "latency"), ("tflite", "latency")}
-    assert worse == latency | {("onnx", "verdict"), ("onnx", "accuracy")}
-    entry = next(e for e in result.worse if e["metric"] == "latency")
-    assert entry["ci_low"] <= entry["ratio"] <= entry["ci_high"] and 1.3 < entry["ratio"] < 1.7
-    faster = merged(device_report(package, ms=1.0, seed=4), against=earlier)
-    changes = {(e["metric"], e["change"]) for e in faster.document["difference"]["entries"]}
-    assert ("latency", "better") in changes and faster.worse == []
-
-
-def test_difference_of_unusable_new_and_gone(
-    package: Package, merged: Callable[..., MergeResult], tmp_path: Path
-) -> None:
-    before = merged(device_report(package))
-    earlier = Path(shutil.copy(before.path / "merge.json", tmp_path / "earlier.json"))
-    now = device_report(package)
-    set_times(now["runs"][0], [-1.0] * 30)
-    now["runs"][1]["backend"]["effective"] = "webgpu"
-    entries = merged(now, against=earlier).document["difference"]["entries"]
-    changes = {(e["metric"], e["change"]) for e in entries}
-    assert {("latency", "unknown"), ("row", "new"), ("row", "gone")} <= changes
-    assert ("latency", "better") not in changes, "absurd times are no improvement"
-
-
-def test_an_edited_earlier_statistic_is_not_believed(
-    package: Package, merged: Callable[..., MergeResult], tmp_path: Path
-) -> None:
-    result = merged(device_report(package))
-    document = json.loads((result.path / "merge.json").read_text())
-    for row in document["rows"]:
-        row["latency"]["statistics"]["latency_ms_p50"] = 0.01
-    earlier = save(tmp_path / "earlier.json", document)
-    assert merged(device_report(package), against=earlier).worse == []
-    document["rows"][0]["verdict"] = "GREAT"
-    with pytest.raises(BundleError, match="GREAT"):
-        merged(device_report(package), against=save(earlier, document))
 
 
 def test_what_a_report_says_is_no_markup(
