@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from once import session_folder
 from way_tools import (
     RECIPE,
     alive,
@@ -33,7 +34,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_bundle(tmp_path_factory.getbasetemp())[0]
+    return finished_bundle(session_folder(tmp_path_factory))[0]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from once import session_folder
 from way_tools import finished_bundle, names, refused, start, write_model, write_plugin
 
 import flowexport
@@ -29,7 +30,7 @@ HEAVY = (
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """A bundle, what ``convert --json`` printed and what it said on stderr."""
-    path, out, err = finished_bundle(tmp_path_factory.getbasetemp())
+    path, out, err = finished_bundle(session_folder(tmp_path_factory))
     return path, json.loads(out), err
 
 

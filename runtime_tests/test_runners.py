@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import sysconfig
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from once import session_folder
 from way_tools import finished_bundle, refused
 
 import flowexport
@@ -27,6 +27,8 @@ from flowexport.core.types import Artifact, Verdict
 from flowexport.registry import TARGETS
 from flowexport.runners import RUNNERS, Machine, RunnerTarget, debian, machine, prepare, probe
 
+pytest_plugins = ["web_fixtures"]  # the shipped models' bundles
+
 HERE = Machine(
     name="here",
     targets=("onnx",),
@@ -39,7 +41,7 @@ HERE = Machine(
 
 @pytest.fixture
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_bundle(tmp_path_factory.getbasetemp())[0]
+    return finished_bundle(session_folder(tmp_path_factory))[0]
 
 
 @pytest.fixture
@@ -59,10 +61,10 @@ def test_a_session_in_another_process_gives_the_targets_own_values(artifact: Art
             assert np.array_equal(own.run({"x": x})["scores"], other.run({"x": x})["scores"])
         assert other.info.label == f"onnxruntime {own.info.version} emulated (here)"
         assert other.info.details["python"].count(".") == 2
-        folder, process = other._folder, other._process
+        process, log = other._process, other._log
         with pytest.raises(InputError, match="x has shape 1x5x8; expected batchx6x8"):
             other.run({"x": np.zeros((1, 5, 8), np.float32)})
-    assert not folder.exists() and process.poll() is not None
+    assert log.closed and process.poll() is not None
 
 
 def test_what_the_other_process_says_is_told(artifact: Artifact, tmp_path: Path) -> None:
@@ -175,29 +177,22 @@ def test_doctor_tells_what_a_runner_lacks_and_fetches_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "targets"),
-    [
-        ("digits", ("onnx", "tflite")),
-        ("japanese-vowels", ("onnx", "tflite")),
-        ("japanese-vowels-streaming", ("tflite",)),
-    ],
-)
-def test_shipped_models_run_on_emulated_arm(
-    recipe: str, targets: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_shipped_models_run_on_emulated_arm(bundles: list[Path]) -> None:
+    """Golden cases, the first samples and 128 steps of every shipped model, on both runtimes."""
     try:
         prepare("qemu-aarch64")
     except UnavailableError as error:
         pytest.skip(f"{error.message} {error.fix}")
-    bundle = flowexport.convert(
-        recipe, targets=targets, out=tmp_path / recipe, verify=False, bench=False
-    ).bundle
-    result = flowexport.verify(bundle, runner="qemu-aarch64", samples=2)
-    for name in targets:
-        report = result.parity[name]
-        assert report.verdict is Verdict.PASS, report.reason
-        assert str(report.runtime_label).endswith("emulated (qemu-aarch64)")
-        assert report.runtime is not None and report.runtime["details"]["machine"] == "aarch64"
-        assert report.accuracy is not None and report.accuracy.samples == 2
-    shutil.rmtree(bundle)
+    assert {b.name for b in bundles} == {"digits", "japanese-vowels", "japanese-vowels-streaming"}
+    for path in bundles:
+        golden = json.loads((path / "golden" / "index.json").read_text())["cases"]
+        result = flowexport.verify(path, runner="qemu-aarch64", samples=1)
+        for name in ("onnx", "tflite"):
+            report = result.parity[name]
+            assert report.verdict is Verdict.PASS, report.reason
+            assert str(report.runtime_label).endswith("emulated (qemu-aarch64)")
+            assert report.runtime is not None and report.runtime["details"]["machine"] == "aarch64"
+            assert report.accuracy is not None and report.accuracy.samples == 1
+            assert {c.case for c in report.cases} >= set(golden)
+            if path.name.endswith("streaming"):
+                assert report.stream is not None and report.stream.steps == 128

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from once import once
 
 from flowexport import process as children
 from flowexport import worker
@@ -144,19 +145,20 @@ def finished_bundle(base: Path) -> tuple[Path, str, str]:
     """Convert the tiny model once a test session; read only.
 
     Args:
-        base: ``tmp_path_factory.getbasetemp()``.
+        base: :func:`once.session_folder`.
 
     Returns:
         The bundle, and what ``convert --json`` wrote to stdout and stderr.
     """
-    folder = base / "finished"
-    if not folder.exists():
-        folder.mkdir()
+
+    def make(folder: Path) -> None:
         process = start("convert", write_model(folder), "--json", cwd=folder)
         out, err = process.communicate()
         (folder / "code").write_text(str(process.returncode))
         (folder / "stdout").write_text(out)
         (folder / "stderr").write_text(err)
+
+    folder = once(base, "finished", make)
     out, err = (folder / "stdout").read_text(), (folder / "stderr").read_text()
     assert (folder / "code").read_text() == "0", err
     return folder / "out" / "tiny", out, err

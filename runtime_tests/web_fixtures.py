@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+from once import once, session_folder
 from web_tools import ARTIFACTS, WEB, need
 
 import flowexport
@@ -26,7 +28,12 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="session")
-def chromium() -> str:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> str:
+    with FileLock(session_folder(tmp_path_factory) / "chromium.lock"):  # one may install
+        return _chromium()
+
+
+def _chromium() -> str:
     for name in CHROMIUM:
         if found := shutil.which(name):
             return found
@@ -56,14 +63,18 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="session")
-def site() -> Path:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     npm = need("npm")
     need("node")
-    for arguments in (["ci", "--no-audit", "--no-fund"], ["run", "build"]):
-        done = subprocess.run(
-            [npm, *arguments], cwd=WEB, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == 0, f"npm {' '.join(arguments)}: {done.stdout}{done.stderr}"
+
+    def build(folder: Path) -> None:
+        for arguments in (["ci", "--no-audit", "--no-fund"], ["run", "build"]):
+            done = subprocess.run(
+                [npm, *arguments], cwd=WEB, capture_output=True, text=True, timeout=600, check=False
+            )
+            assert done.returncode == 0, f"npm {' '.join(arguments)}: {done.stdout}{done.stderr}"
+
+    once(session_folder(tmp_path_factory), "web-site", build)
     return find_site(None)
 
 
@@ -76,13 +87,15 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         availability = TARGETS.get(name).probe()
         if not availability.converts:
             pytest.skip(f"target {name} is not available: {availability.reason}")
-    out = tmp_path_factory.mktemp("bundles")
-    return [
-        flowexport.convert(
-            name, targets=["onnx", "tflite"], out=out / name, threads=1, bench=False
-        ).bundle
-        for name in RECIPES
-    ]
+
+    def convert(folder: Path) -> None:
+        for name in RECIPES:
+            flowexport.convert(
+                name, targets=["onnx", "tflite"], out=folder / name, threads=1, bench=False
+            )
+
+    out = once(session_folder(tmp_path_factory), "web-bundles", convert)
+    return [out / name for name in RECIPES]
 
 
 @pytest.fixture(scope="session")
