@@ -30,7 +30,7 @@ from flowexport.core.types import Options, TensorSpec
 
 # (tokens, heads, width): the vision model's four stages at 224 x 224.
 STAGES = ((3136, 12, 8), (784, 12, 16), (196, 12, 32), (49, 12, 64))
-CAUSAL = ((64, 8, 64), (256, 8, 64), (1024, 8, 64))
+CAUSAL = ((64, 8, 64), (256, 8, 64), (1024, 8, 64), (4096, 8, 64))
 TARGETS = ("onnx", "tflite")
 # Forms differ in the order of float32 sums only.
 TOLERANCE = 2e-5
