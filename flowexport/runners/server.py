@@ -1,19 +1,19 @@
 """Runs one model in another Python: standard library, numpy and the model's runtime alone.
 
-``python server.py SITE KIND FILE ENTRY THREADS FOLDER``. SITE is a folder of
-packages. Each line of standard input is a number N; the feeds are
-``FOLDER/in-N.npz``, the results ``FOLDER/out-N.npz``. Every answer is one line
-of JSON. Ends with standard input.
+``python server.py SITE KIND FILE ENTRY THREADS``. SITE is a folder of packages.
+Feeds come on standard input: a line of JSON, ``[[name, dtype, shape], ...]``, and
+the arrays' bytes one after the other. An answer is one line of JSON; one with
+``results`` is followed by bytes in the same way. Ends with standard input.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 Loaded = tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str, dict[str, Any]]
@@ -21,14 +21,16 @@ Loaded = tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str, dict[str, A
 
 
 def main() -> None:
-    site, kind, path, entry, threads, folder = sys.argv[1:7]
+    site, kind, path, entry, threads = sys.argv[1:6]
     sys.path.insert(0, site)
     # Runtimes print to standard output, which belongs to the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
-    def tell(**answer: Any) -> None:
-        answers.write(json.dumps(answer) + "\n")
+    def tell(*arrays: bytes, **answer: Any) -> None:
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.writelines(arrays)
+        answers.flush()
 
     try:
         import numpy as np
@@ -49,15 +51,23 @@ def main() -> None:
             "numpy": np.__version__,
         },
     )
-    for line in sys.stdin:
-        number = int(line)
+    feeds_in = sys.stdin.buffer
+    while line := feeds_in.readline():
+        feeds = {
+            name: np.frombuffer(feeds_in.read(length(dtype, shape)), dtype).reshape(shape)
+            for name, dtype, shape in json.loads(line)
+        }
         try:
-            with np.load(Path(folder, f"in-{number}.npz")) as file:
-                feeds = {n: file[n] for n in file.files}
-            np.savez(Path(folder, f"out-{number}.npz"), **run(feeds))
-            tell(done=number)
+            results = {n: np.ascontiguousarray(v) for n, v in run(feeds).items()}
+            told = [[n, v.dtype.str, v.shape] for n, v in results.items()]
+            tell(*(v.tobytes() for v in results.values()), results=told)
         except Exception as error:
             tell(error=first_line(error))
+
+
+def length(dtype: str, shape: list[int]) -> int:
+    """Return the bytes of an array; ``dtype`` as numpy writes it, ``<f4``."""
+    return math.prod(shape) * int(dtype[2:])
 
 
 def onnx(path: str, entry: str, threads: int) -> Loaded:

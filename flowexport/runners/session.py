@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import numpy as np
 from flowexport.core.errors import InputError, UnavailableError, VerificationError
 from flowexport.core.types import Artifact, RuntimeInfo, Session, Target
 from flowexport.runners.machine import Machine
+from flowexport.runners.server import length
 
 SERVER = Path(__file__).with_name("server.py")
 MAX_BYTES = 64 << 20
@@ -66,23 +66,20 @@ class RunnerTarget:
 
 
 class RunnerSession(Session):
-    """One artifact in a child process; its feeds and results travel as files."""
+    """One artifact in a child process; :mod:`flowexport.runners.server` tells how they talk."""
 
     def __init__(self, artifact: Artifact, machine: Machine, threads: int, target: Target) -> None:
         super().__init__(artifact)
         self._file_feeds = getattr(target, "file_feeds", None)
         self._where = f"run {artifact.target} {artifact.model} on {machine.name}"
-        self._folder = Path(tempfile.mkdtemp(prefix="flowexport-"))
-        self._count = 0
-        self._log = (self._folder / "log").open("w+b")
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the session
         arguments = (machine.site, artifact.target, artifact.path, artifact.entry, threads)
         self._process = subprocess.Popen(
-            [*machine.command, str(SERVER), *map(str, arguments), str(self._folder)],
+            [*machine.command, str(SERVER), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=dict(machine.environment),
-            text=True,
         )
         try:
             hello = self._answer()
@@ -104,20 +101,19 @@ class RunnerSession(Session):
     def _run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         if self._file_feeds is not None:  # the file's ends are not the artifact's
             feeds = self._file_feeds(self.artifact, feeds)
-        self._count += 1
-        given, results = (self._folder / f"{k}-{self._count}.npz" for k in ("in", "out"))
-        # Names that savez would take for its own are none of a model's: they are identifiers.
-        np.savez(given, **feeds)  # type: ignore[arg-type]
-        assert self._process.stdin is not None
+        arrays = {n: np.ascontiguousarray(v) for n, v in feeds.items()}
+        told = [[n, v.dtype.str, v.shape] for n, v in arrays.items()]
+        assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the answer tells why
-            self._process.stdin.write(f"{self._count}\n")
+            self._process.stdin.write(json.dumps(told).encode() + b"\n")
+            self._process.stdin.writelines(v.tobytes() for v in arrays.values())
             self._process.stdin.flush()
-        self._answer()
-        with np.load(results) as file:
-            outputs = {n: file[n] for n in file.files}
-        given.unlink()
-        results.unlink()
-        return outputs
+        return {
+            name: np.frombuffer(self._process.stdout.read(length(dtype, shape)), dtype)
+            .reshape(shape)
+            .copy()
+            for name, dtype, shape in self._answer()["results"]
+        }
 
     def _answer(self) -> dict[str, Any]:
         """Return the process's next line.
@@ -149,4 +145,3 @@ class RunnerSession(Session):
             if stream is not None and not stream.closed:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
