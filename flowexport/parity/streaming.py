@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flowexport.core.errors import BundleError
+from flowexport.core.errors import BundleError, VerificationError
 from flowexport.core.findings import StreamResult
 from flowexport.core.streaming import Stream, StreamState
 from flowexport.core.types import FORWARD, STEP, Artifact, Dataset, TensorSpec
@@ -20,8 +20,9 @@ FORWARD_STEPS, DRIFT_STEPS = 1024, 4096
 MARKS = (64, 256, 1024, 4096)
 """Steps after which the error is told."""
 
-Result = tuple[str, str, np.ndarray, np.ndarray]
-"""Case, output, the artifact's values, the reference's."""
+STATE_INSIDE, STATE_FLOOR = 4.0, 2.0**-20
+"""Of a state inside the file: how much further it may drift on the saved stream than on the
+random one that its drift was measured on, and four units in the last place of float32."""
 
 
 @dataclass(frozen=True)
@@ -243,12 +244,48 @@ def check_streams(
                 "correct_after_step": correct_after_step(scores, dataset),
                 "reference_after_step": correct_after_step(reference_steps, dataset),
             }
+    _check_state_inside(target, artifact, saved, threads, tell)
     return StreamResult(
         steps=count,
         state_bytes=saved.reset.size_bytes,
         drift=drift(values, saved.steps),
         **after,
     )
+
+
+def _check_state_inside(
+    target: Any,
+    artifact: Artifact,
+    saved: SavedStream,
+    threads: int,
+    tell: Callable[[str, int, int], None],
+) -> None:
+    """Run the function that keeps its state itself, and hold it to the drift that its maker saw.
+
+    No tolerance of explicit states fits it: its states have fewer bits.
+
+    Raises:
+        VerificationError: its error is larger.
+    """
+    told = artifact.details.get("stateful")
+    if told is None:
+        return
+    function, (steps, seen) = told["function"], told["drift"][0]
+    steps = min(steps, saved.inputs.shape[1])
+    rows = []
+    with target.load(artifact.function(function), threads=threads) as session:
+        session.reset_states()
+        for t in range(steps):
+            tell(function, t, steps)
+            feeds = {saved.name: np.ascontiguousarray(saved.inputs[:, t])}
+            rows.append(session.run(feeds)[saved.output])
+    ((_, error),) = drift(np.stack(rows, axis=1), saved.steps[:, :steps])
+    most = STATE_INSIDE * max(seen, STATE_FLOOR)
+    if not error <= most:
+        raise VerificationError(
+            f"{function} is {error:.2g} of the largest output off after {steps} steps; expected"
+            f" at most {most:.2g}, {STATE_INSIDE:g} times what it was when the file was made."
+        )
 
 
 def drift(values: np.ndarray, reference: np.ndarray) -> tuple[tuple[int, float], ...]:
