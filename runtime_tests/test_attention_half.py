@@ -219,3 +219,26 @@ def test_authors_outputs_in_half(case: str) -> None:
         return (causal_means if variant.causal else means)(q, k, v, *op_arguments(variant))
 
     assert golden_error(case, form, torch.float16) <= BOUND
+
+
+def test_causal_means_have_nothing_that_xnnpack_leaves_out() -> None:
+    """A padding by another value than 0 (PADV2) or a selection tears the graph apart."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(1, 70, 2, 4)
+    arguments = op_arguments(VARIANTS["causal"])
+    graph = make_fx(lambda q, k, v: causal_means(q, k, v, *arguments))(x, x, x).graph
+    assert not [n for n in graph.nodes if str(n.target).split(".")[-2:-1] in (["where"], ["gt"])]
+    pads = [n for n in graph.nodes if "constant_pad" in str(n.target)]
+    assert len(pads) == 3 and all(n.args[2:] in ((), (0.0,)) for n in pads)
+
+
+def test_a_later_tokens_infinite_product_does_no_harm() -> None:
+    q, k, v = tensors(128, 8)
+    k[:, :60], k[:, 60:] = -11.25, 8  # features of 1.3e-5, then of 1: products up to 76,000
+    arguments = op_arguments(VARIANTS["causal"])
+    truth = causal_chunked(q.double(), k.double(), v.double(), *arguments)
+    result = causal_means(q, k, v, *arguments)
+    assert result.isfinite().all()
+    late = (result.double() - truth).abs()[:, 60:].max() / truth.abs()[:, 60:].max()
+    assert late.item() <= BOUND

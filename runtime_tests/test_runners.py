@@ -80,6 +80,20 @@ def test_what_the_other_process_says_is_told(artifact: Artifact, tmp_path: Path)
         load(artifact, replace(HERE, site=tmp_path))
 
 
+def test_a_file_that_an_old_runtime_refuses_is_told_with_the_option_for_it(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model")
+    old = replace(HERE, name="tflite-2.14")
+    with pytest.raises(InputError) as raised:
+        load(replace(artifact, path=broken), old)
+    assert "compat: tflite-2.14" in str(raised.value.fix)
+    with pytest.raises(InputError) as raised:
+        load(replace(artifact, path=broken, details={"compat": "tflite-2.14"}), old)
+    assert raised.value.fix is None, "it was made for it"
+
+
 def test_what_a_runner_does_not_run_is_not_run(artifact: Artifact) -> None:
     with pytest.raises(UnavailableError, match="runner here: runs tflite alone"):
         load(artifact, replace(HERE, targets=("tflite",)))

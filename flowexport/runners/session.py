@@ -14,7 +14,7 @@ import numpy as np
 
 from flowexport.core.errors import InputError, UnavailableError, VerificationError
 from flowexport.core.types import Artifact, RuntimeInfo, Session, Target
-from flowexport.runners.machine import Machine
+from flowexport.runners.machine import OLD_TFLITE, Machine
 from flowexport.runners.server import length
 
 SERVER = Path(__file__).with_name("server.py")
@@ -83,6 +83,12 @@ class RunnerSession(Session):
         )
         try:
             hello = self._answer()
+        except InputError as error:
+            self.close()
+            if machine.name == OLD_TFLITE and "compat" not in artifact.details:
+                fix = f"`tflite: {{compat: {OLD_TFLITE}}}` in the recipe, and convert again"
+                raise InputError(error.message, fix=fix) from error
+            raise
         except BaseException:
             self.close()
             raise

@@ -31,12 +31,15 @@ from torch.nn import functional as F
 from flowexport.ops.flow_attention.causal import CHUNK, prepare_causal
 from flowexport.ops.flow_attention.half import fixed
 from flowexport.ops.flow_attention.noncausal import scaled
+from flowexport.ops.flow_attention.op import variant_of
+from flowexport.ops.flow_attention.reference import check_inputs
 from flowexport.ops.flow_attention.variant import FlowVariant
 
 # ln of half's smallest normal and largest number lie at -9.7 and 11.09, 20.8 apart:
 # a clamp this wide fits between them when its middle is moved to WEIGHTS_MIDDLE.
 WIDEST_HALF_CLAMP = 20.0
 WEIGHTS_MIDDLE = 0.5
+LARGEST_HALF = 65504.0
 
 
 def causal_means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
@@ -46,7 +49,8 @@ def causal_means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     subnormals: where they are flushed, the result is the one for ε = 0, and
     rows whose features are all below 6e-8 become 0/0. A clamp whose bounds are
     more than 20 apart (no published one is) needs float32: e_t of the earliest
-    tokens would vanish.
+    tokens would vanish. Beyond 65,504 tokens a token that has nearly all of a sink's flow
+    counts as 65,504 of them.
 
     Memory B·H·L·(64 + D·M/64), linear in L. A dynamic length takes one chunk:
     memory B·H·L², sums of L terms in one stage, with the bound that
@@ -59,12 +63,14 @@ def causal_means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     Returns:
         (B, L, H, M).
     """
-    q, k, v, variant = prepare_causal(q, k, v, arguments, "causal_means")
-    batch, heads, length = q.shape[:3]
+    check_inputs(q, k, v, asked := variant_of(arguments))
+    batch, length, heads = q.shape[:3]
     chunks = _Chunks(length, q)
-    if chunks.rest:  # features of 1: zeros would give 0/0
-        q, k = (F.pad(x, (0, 0, 0, chunks.rest), value=1.0) for x in (q, k))
-        v = F.pad(v, (0, 0, 0, chunks.rest))
+    if chunks.rest:
+        # Features of padding must not be 0, which would give 0/0. XNNPACK pads with 0 alone.
+        value = 0.0 if asked.feature_map == "sigmoid" else 1.0
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, chunks.rest), value=value) for x in (q, k, v))
+    q, k, v, variant = prepare_causal(q, k, v, arguments, "causal_means")
     q, k, v = (chunks.split(x.flatten(0, 1)) for x in (q, k, v))  # (BH, G, c, D)
     eps, outer = (
         (torch.full_like(chunks.n, x) / chunks.n).to(q.dtype)
@@ -81,8 +87,9 @@ def causal_means(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     weight = _weights(dot(k, chunks.mean(normalized)), variant, chunks)
     small = _competition_scale(variant, length)
     valued = scaled(v, 1 / small) * (weight / chunks.mean(weight))
-    # Selected, not multiplied by 0: a later token's product may be infinite in half.
-    products = torch.where(chunks.seen, normalized @ k.transpose(2, 3), q.new_zeros(1))
+    # A later token's product may be infinite in half, and 0 times that is no number. Those of
+    # the tokens up to t are at most n_t. (A selection would leave XNNPACK, a minimum does not.)
+    products = (normalized @ k.transpose(2, 3)).clamp(max=LARGEST_HALF)
     result = (products * chunks.mean_of_first) @ valued
     if chunks.count > 1:
         root = chunks.size**-0.5  # half of the mean's 1/c on each factor keeps both near 1
@@ -99,7 +106,6 @@ class _Chunks:
     Attributes:
         size, count, rest: c tokens a chunk, G chunks, padding of the last.
         n: tokens up to each, (G, c, 1), exact.
-        seen: whether row t may look at column s, (c, c).
         mean_of_first: row t averages the chunk's tokens up to t, (c, c).
         recent, before: β and 1 − β, (G, c, 1).
     """
@@ -113,7 +119,6 @@ class _Chunks:
         places, within = self.count * self.size, _numbers(1, self.size, like)
         self.n = _numbers(1, places, like).reshape(self.count, self.size, 1)
         triangle = _triangle(self.size, like)
-        self.seen = triangle > 0
         self.mean_of_first = (triangle / within).to(like.dtype)
         self.recent = (within / self.n).to(like.dtype)
         self.before = ((self.n - within) / self.n).to(like.dtype)
