@@ -36,6 +36,7 @@ def features_and_products(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> T
     """Return φ(q) (φ(k)ᵀ v): what every form of Flow-Attention computes, and nothing else.
 
     No flow, no competition, no allocation: plain linear attention, as a bound for the forms.
+    Only one that takes v's and the output's projection into the products could pass it.
     All channels-first, which costs ONNX Runtime least.
 
     Args:
