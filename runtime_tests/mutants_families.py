@@ -101,7 +101,7 @@ def _onnx_matrix(node: Any, held: Any) -> str | None:
         tensor = held.get(name)
         if tensor is None or len(tensor.dims) != 2 or min(tensor.dims) < 2:
             continue
-        if node.op_type in ("DequantizeLinear", "MatMul", "Gemm", "Cast"):
+        if node.op_type in ("DequantizeLinear", "MatMul", "MatMulInteger", "Gemm", "Cast"):
             return str(name)
     return None
 
@@ -354,8 +354,9 @@ def _coreml_swap(function: str, names: tuple[str, str], path: Path) -> None:
     def change(spec: Any) -> None:
         other = dict(zip(names, reversed(names), strict=True))
         for op in _block(spec, function).operations:
-            for output in op.outputs:
-                output.name = other.get(output.name, output.name)
+            bindings = [b for argument in op.inputs.values() for b in argument.arguments]
+            for named in (*op.outputs, *(b for b in bindings if b.name)):
+                named.name = other.get(named.name, named.name)
 
     mutants_coreml.edit(change, path)
 
@@ -404,17 +405,6 @@ def _classes(function: str, path: Path) -> None:
         names = [t.immediateValue.tensor.strings.values[0] for t in texts]
         for text, name in zip(texts, names[1:] + names[:1], strict=True):
             text.immediateValue.tensor.strings.values[0] = name
-
-    mutants_coreml.edit(change, path)
-
-
-def _other_scores(path: Path) -> None:
-    """Let the probabilities be those of the other output."""
-
-    def change(spec: Any) -> None:
-        block = _block(spec, LONG)
-        softmax = [o for o in block.operations if o.type == "softmax"][-1]
-        softmax.inputs["x"].arguments[0].name = "other"
 
     mutants_coreml.edit(change, path)
 
@@ -491,7 +481,6 @@ def mutants_of() -> list[Mutant]:
                     f"classes of {function}",
                     partial(_classes, function),
                 )
-            add("lengths", "outputs swapped", "probabilities of another output", _other_scores)
         if target == "onnx":
             add(
                 "lengths",

@@ -17,6 +17,7 @@ import mutants_tflite
 import numpy as np
 import pytest
 from mutants import artifact_of, shared_bundle
+from once import session_folder
 from way_tools import refused
 
 from flowexport.bisect import rebuild
@@ -107,7 +108,7 @@ def test_values_that_are_not_finite_are_never_right(value: float) -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_bundle(tmp_path_factory.getbasetemp())
+    return shared_bundle(session_folder(tmp_path_factory))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ DAMAGED = [("lengths", mutants_families.SHORT), ("stream", mutants_families.STEP
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return lambda family: shared_bundle(tmp_path_factory.getbasetemp(), family)
+    return lambda family: shared_bundle(session_folder(tmp_path_factory), family)
 
 
 def _owner(bundle: Path, source: str, matrix: np.ndarray) -> str:
@@ -177,7 +178,7 @@ def _owner(bundle: Path, source: str, matrix: np.ndarray) -> str:
             if turned.shape == matrix.shape and name.endswith("weight"):
                 found = np.corrcoef(turned.ravel(), matrix.astype(np.float64).ravel())[0, 1]
                 best = max(best, (float(found), name.removesuffix(".weight")))
-    assert best[0] > 0.99, best
+    assert best[0] > 0.9, best  # int8 with a scale for each column
     return best[1]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fake_coremltools import write_fake, write_steps
 from mutants import shared_bundle
+from once import session_folder
 
 import flowexport
 from flowexport import parity
@@ -151,7 +152,7 @@ def test_no_plan_is_no_failure(bundle: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return a causal model's bundle, and what its step gives."""
-    bundle = shared_bundle(tmp_path_factory.getbasetemp(), "stream")
+    bundle = shared_bundle(session_folder(tmp_path_factory), "stream")
     table = tmp_path_factory.mktemp("steps") / "steps.npz"
     write_steps(bundle, table)
     return bundle, table
