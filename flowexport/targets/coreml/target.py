@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,31 +27,24 @@ from flowexport.core.types import (
     Precision,
     Session,
     TensorSpec,
-    float_precision,
 )
 from flowexport.lowering import (
     LoweredProgram,
     check_static,
-    decompose,
-    image_like,
     specialise,
 )
-from flowexport.lowering.quantisation import Quantisation
-from flowexport.ops.descriptor import Choice
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
-from flowexport.targets.coreml.compress import compress
 from flowexport.targets.coreml.convert import (
-    Written,
     check_flexible,
     join_packages,
     require_dtypes,
     stored,
-    to_package,
 )
 from flowexport.targets.coreml.describe import describe
-from flowexport.targets.coreml.ends import ImageEnd, app_ends, check_classifier, image_input
+from flowexport.targets.coreml.ends import ImageEnd, check_classifier, image_input
 from flowexport.targets.coreml.options import PRECISIONS, CoreMLOptions
+from flowexport.targets.coreml.part import FLOAT_PARTS, Part, computed
 from flowexport.targets.coreml.places import require_kept
 from flowexport.targets.coreml.session import INTERPRETED, on_macos, open_session
 from flowexport.targets.coreml.stateful import (
@@ -78,7 +71,7 @@ class CoreMLTarget:
     streams = True
     suffix = ".mlpackage"
     precisions: tuple[Precision, ...] = PRECISIONS
-    float_parts = Precision.FP16
+    float_parts = FLOAT_PARTS
 
     def probe(self) -> Availability:
         """Say whether coremltools is installed, and what runs its packages here."""
@@ -157,16 +150,16 @@ class CoreMLTarget:
         path = out / f"{program.model}{self.suffix}"
         package.remove(path)
         shutil.copyfile(Path(__file__).with_name(MAC_SCRIPT), out / MAC_SCRIPT)
-        made: dict[str, _Part] = {}
+        made: dict[str, Part] = {}
         with TemporaryDirectory(dir=out) as folder:
             for name, part in static.items():
                 place = Path(folder) / f"{name}{self.suffix}" if len(static) > 1 else path
-                made[name] = _Part.make(part, options, settings, system, place)
+                made[name] = Part.make(part, options, settings, system, place)
             if settings.stateful:
                 static[FUNCTION] = stateful_step(made[STEP].program, settings.stateful)
                 place = Path(folder) / f"{FUNCTION}{self.suffix}"
                 # Not decomposed again: the passes there take a buffer for a constant.
-                made[FUNCTION] = _Part.save(static[FUNCTION], (), options, settings, system, place)
+                made[FUNCTION] = Part.save(static[FUNCTION], (), options, settings, system, place)
             if len(static) > 1:
                 parts = {name: part.path for name, part in made.items()}
                 separate = {name: size_tree(p) for name, p in parts.items()}
@@ -179,7 +172,7 @@ class CoreMLTarget:
         details: dict[str, Any] = {
             "batch": 1,
             "deployment_target": system,
-            "arithmetic": "float16" if _computed(options) is Precision.FP16 else "float32",
+            "arithmetic": "float16" if computed(options) is Precision.FP16 else "float32",
             "sites": [
                 {"module": s.module_path, "form": c.form, "reason": c.reason}
                 for s, c in zip(main.attentions, choices, strict=True)
@@ -323,72 +316,6 @@ class CoreMLTarget:
         found = self.probe()
         if not found.converts:
             raise UnavailableError(f"convert coreml {model}: {found.reason}.", fix=found.fix)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One function of a package, saved on its own."""
-
-    path: Path
-    program: LoweredProgram
-    choices: tuple[Choice, ...]
-    image: ImageEnd | None
-    classes: tuple[str, ...]
-    written: Written
-    quantised: Quantisation | None
-
-    @classmethod
-    def make(
-        cls,
-        program: LoweredProgram,
-        options: Options,
-        settings: CoreMLOptions,
-        system: str,
-        path: Path,
-    ) -> _Part:
-        """Decompose, convert and save a static program."""
-        ops = installed_ops()
-        plain, choices = decompose(program, "coreml", ops, pinned=settings.form)
-        if settings.layout == "ane":
-            plain = replace(plain, exported=image_like(plain.exported))
-        return cls.save(plain, choices, options, settings, system, path)
-
-    @classmethod
-    def save(
-        cls,
-        plain: LoweredProgram,
-        choices: tuple[Choice, ...],
-        options: Options,
-        settings: CoreMLOptions,
-        system: str,
-        path: Path,
-    ) -> _Part:
-        """Convert and save a program without attention nodes."""
-        plain, image, classes = app_ends(plain, settings)
-        kept: list[Quantisation] = []
-
-        def compressed(model: Any) -> Any:
-            result, quantised = compress(model, plain, options, settings.palette_group)
-            kept.append(quantised)
-            return result
-
-        written = to_package(
-            plain,
-            _computed(options),
-            system,
-            path,
-            image=image,
-            classes=classes,
-            keep_fp32=settings.keep_fp32,
-            sizes=settings.flexible,
-            compress=compressed if options.precision.quantised else None,
-        )
-        return cls(path, plain, choices, image, classes, written, next(iter(kept), None))
-
-
-def _computed(options: Options) -> Precision:
-    """Return what a package computes in, whatever its weights are stored in."""
-    return float_precision(TARGET, options.precision)
 
 
 def _described(spec: TensorSpec, largest: Mapping[str, int], kind: str) -> TensorSpec:
