@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowexport.core.errors import ConversionError, UnavailableError
-from flowexport.core.hashing import sha256_file
 from flowexport.core.stored import stored
 from flowexport.core.toolchain import installed_versions
 from flowexport.core.types import (
     Artifact,
     Availability,
-    Function,
     Options,
     Precision,
     Session,
 )
 from flowexport.lowering import LoweredProgram
+from flowexport.lowering.artifact import finished
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.onnx.options import PRECISIONS, OnnxOptions
 
@@ -85,7 +84,7 @@ class OnnxTarget:
             )
         path = out / f"{program.model}{self.suffix}"
         model, sites, quantised = _write(program, settings, options, path)
-        functions, others = {}, {}
+        places, others = {}, {}
         for name, function in program.functions.items():
             beside = out / f"{program.model}.{name}{self.suffix}"
             written, _, _ = _write(function, settings, options, beside)
@@ -94,28 +93,15 @@ class OnnxTarget:
                 "stored": stored(constants(written)),
                 "fusions": fusions(written),
             }
-            functions[name] = Function(
-                path=beside,
-                sha256=sha256_file(beside),
-                size_bytes=beside.stat().st_size,
-                inputs=function.inputs,
-                outputs=function.outputs,
-                state=function.state,
-            )
-        return Artifact(
-            target=self.name,
-            path=path,
-            sha256=sha256_file(path),
-            size_bytes=path.stat().st_size,
-            precision=options.precision,
-            model=program.model,
-            recipe_sha256=program.recipe_sha256,
+            places[name] = beside
+        return finished(
+            self.name,
+            path,
+            program,
+            options,
             form=form_summary([site.form for site in sites]),
-            inputs=program.inputs,
-            outputs=program.outputs,
             fusions={**dict.fromkeys((s.op for s in sites), 0), **fusions(model)},
             toolchain=installed_versions("torch", *NEEDED),
-            options=dict(options.extra),
             details={
                 "opset": settings.opset,
                 "ir_version": model.ir_version,
@@ -129,8 +115,8 @@ class OnnxTarget:
                 "deterministic": True,
                 **({"quantisation": quantised.to_json()} if quantised else {}),
             },
-            functions=functions,
-            entry=program.entry,
+            functions=program.functions,
+            places=places,
         )
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:

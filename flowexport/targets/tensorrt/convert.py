@@ -14,6 +14,7 @@ from flowexport.core.errors import ConversionError, FlowExportError, InputError,
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Options, Precision
 from flowexport.lowering import LoweredProgram
+from flowexport.lowering.artifact import finished
 from flowexport.ops.flow_attention.tensorrt.build import kernel_problem, source_hash
 from flowexport.ops.flow_attention.tensorrt.kernel import MAX_WIDTH
 from flowexport.ops.flow_attention.tensorrt.plugin_fields import NAME, NAMESPACE, VERSION
@@ -146,20 +147,14 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
         form = f"plugin {NAMESPACE}::{NAME} {VERSION}"
     elif fusions:
         form = f"decomposed: {source.form}"
-    artifact = Artifact(
-        target="tensorrt",
-        path=path,
-        sha256=sha256_file(path),
-        size_bytes=path.stat().st_size,
-        precision=options.precision,
-        model=program.model,
-        recipe_sha256=program.recipe_sha256,
+    artifact = finished(
+        "tensorrt",
+        path,
+        program,
+        options,
         form=form,
-        inputs=program.inputs,
-        outputs=program.outputs,
         fusions=fusions,
         toolchain={**source.toolchain, library.module: built.version},
-        options=dict(options.extra),
         details=details,
     )
     _write_sidecar(artifact, program)

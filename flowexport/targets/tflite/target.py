@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
-from flowexport.core.hashing import sha256_file
 from flowexport.core.pixels import Pixels
 from flowexport.core.stored import stored
 from flowexport.core.toolchain import installed_versions
@@ -19,7 +18,6 @@ from flowexport.core.types import (
     FORWARD,
     Artifact,
     Availability,
-    Function,
     ModelSpec,
     Options,
     Precision,
@@ -27,6 +25,7 @@ from flowexport.core.types import (
     TensorSpec,
 )
 from flowexport.lowering import LoweredProgram, check_static, decompose, specialise
+from flowexport.lowering.artifact import finished
 from flowexport.lowering.passes import fold_norm_affine, spell_out_norms
 from flowexport.ops.descriptor import AttentionSite, Choice
 from flowexport.ops.installed import installed_ops
@@ -183,29 +182,16 @@ class TFLiteTarget:
         details["warnings"] = [
             w for n, s in details["delegation"].items() for w in _torn(n, s, pixels=pixels)
         ]
-        sha256 = sha256_file(path)
-        return Artifact(
-            target=self.name,
-            path=path,
-            sha256=sha256,
-            size_bytes=path.stat().st_size,
-            precision=options.precision,
-            model=program.model,
-            recipe_sha256=program.recipe_sha256,
+        return finished(
+            self.name,
+            path,
+            static,
+            options,
             form=form,
-            inputs=static.inputs,
-            outputs=static.outputs,
             fusions=_fusions(operators, [op.name for op in ops]),
             toolchain=toolchain,
-            options=dict(options.extra),
             details=details,
-            entry=program.entry,
-            functions={
-                name: Function(
-                    path, sha256, path.stat().st_size, f.inputs, f.outputs, state=f.state
-                )
-                for name, f in functions.items()
-            },
+            functions=functions,
         )
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
