@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import streaming_tools
 from once import once
+from streaming_tools import changed
 from way_tools import converted_here
 
 from flowexport import pipeline
@@ -133,18 +134,11 @@ bench: {warmup: 1, min_runs: 3, min_seconds: 0}
 """
 
 
-def _changed(text: str, *changes: tuple[str, str]) -> str:
-    for old, new in changes:
-        assert old in text, old
-        text = text.replace(old, new)
-    return text
-
-
 _TARGETS = RECIPE[RECIPE.index("  onnx: {}") : RECIPE.index("evaluation")]
 _LIMITS = RECIPE[RECIPE.index("  fp32:") : RECIPE.index("fusions")]
 FAMILIES = {
     "plain": RECIPE,
-    "int8": _changed(
+    "int8": changed(
         RECIPE,
         ("mutant_model.py:build", "mutant_model.py:build_small"),
         (
@@ -159,7 +153,7 @@ FAMILIES = {
         ("FlowAttention: 2", "FlowAttention: 1"),
     ),
     # Two lengths (functions of one file), each format in another precision; Core ML's classifier.
-    "lengths": _changed(
+    "lengths": changed(
         RECIPE,
         ("mutant_model.py:build", "mutant_model.py:build_small"),
         ("batchx29x12", "batchxlengthx12"),
@@ -173,7 +167,7 @@ FAMILIES = {
         ("FlowAttention: 2", "FlowAttention: 1"),
     ),
     # Half precision, and a step whose state is a value.
-    "stream": _changed(
+    "stream": changed(
         streaming_tools.RECIPE,
         ("streaming: {lengths: [70]}", "streaming: true\nprecision: fp16"),
         ("  onnx: {}\n", "  onnx: {}\n  tflite: {}\n  coreml: {}\n"),

@@ -21,12 +21,16 @@ bench: {warmup: 1, min_runs: 3, min_seconds: 0}
 """
 
 
+def changed(text: str, *changes: tuple[str, str]) -> str:
+    """Return a recipe with some of its text replaced, which must be in it."""
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
 def write_recipe(folder: Path, *changes: tuple[str, str]) -> Path:
     """Write the recipe with some of its text replaced; return its path."""
-    text = RECIPE
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
     path = folder / "tiny-stream.yaml"
-    path.write_text(text)
+    path.write_text(changed(RECIPE, *changes))
     return path

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flowexport_models import build_model
+from streaming_tools import changed
 
 import flowexport
 from flowexport import parity
@@ -42,12 +43,8 @@ SIZES = {"feat_dim": 3, "max_len": 12, "num_classes": 3, "d_model": 8, "n_heads"
 
 
 def write(folder: Path, *changes: tuple[str, str]) -> Path:
-    text = RECIPE
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
     path = folder / "tiny.yaml"
-    path.write_text(text)
+    path.write_text(changed(RECIPE, *changes))
     return path
 
 
