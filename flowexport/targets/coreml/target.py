@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.errors import ConversionError, InputError, UnavailableError
-from flowexport.core.hashing import sha256_tree, size_tree
+from flowexport.core.hashing import size_tree
 from flowexport.core.pixels import Pixels
 from flowexport.core.stored import stored as numbers
 from flowexport.core.toolchain import installed_versions
@@ -21,7 +21,6 @@ from flowexport.core.types import (
     STEP,
     Artifact,
     Availability,
-    Function,
     ModelSpec,
     Options,
     Precision,
@@ -33,6 +32,7 @@ from flowexport.lowering import (
     check_static,
     specialise,
 )
+from flowexport.lowering.artifact import finished
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
 from flowexport.targets.coreml.convert import (
@@ -214,33 +214,21 @@ class CoreMLTarget:
         details["operators"] = operators = package.operator_counts(spec)
         details["scalars"] = package.scalars(spec)
         details["stored"] = numbers(package.constants(path, spec))
-        sha256, size = sha256_tree(path), size_tree(path)
         if settings.stateful:
             found = measure_drift(path, made[STEP].program, settings.stateful, tell=_tell)
             details["stateful"] = found.to_json()
         if len(static) > 1:
-            details["size"] = {"shared_bytes": size, "separate_bytes": separate}
-        return Artifact(
-            target=self.name,
-            path=path,
-            sha256=sha256,
-            size_bytes=size,
-            precision=options.precision,
-            model=program.model,
-            recipe_sha256=program.recipe_sha256,
+            details["size"] = {"shared_bytes": size_tree(path), "separate_bytes": separate}
+        return finished(
+            self.name,
+            path,
+            main,
+            options,
             form=form,
-            inputs=main.inputs,
-            outputs=main.outputs,
             fusions={op.name: operators.get(op.name, 0) for op in ops},
             toolchain=toolchain,
-            options=dict(options.extra),
             details=details,
-            functions={
-                name: Function(path, sha256, size, f.inputs, f.outputs, state=f.state)
-                for name, f in static.items()
-                if name != program.entry
-            },
-            entry=program.entry,
+            functions={name: f for name, f in static.items() if name != program.entry},
         )
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
