@@ -16,11 +16,13 @@ from streaming_tools import write_recipe
 
 import flowexport
 from flowexport import parity
+from flowexport.baseline.steps import compare_steps
 from flowexport.bundle import Bundle
-from flowexport.core.errors import BundleError, InputError, UnknownNameError
+from flowexport.core.errors import BundleError, InputError, UnknownNameError, VerificationError
 from flowexport.core.streaming import Stream, StreamState
 from flowexport.core.types import Artifact, Verdict
 from flowexport.registry import TARGETS
+from flowexport.resolve import find_recipe, resolve
 
 LAYER = ("k_mean", "q_mean", "k_flow", "q_flow", "weight_mean", "context")
 STATE = ("frames", *(f"layer0_{n}" for n in LAYER), "pool_mean", "t")
@@ -208,3 +210,22 @@ def test_damaged_stream_files_are_told(result: Any, tmp_path: Path) -> None:
     (folder / "state.safetensors").unlink()
     with pytest.raises(BundleError, match="is missing"):
         parity.read_state(folder / "state.safetensors")
+
+
+def test_step_beside_running_the_published_forward_again(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    """``bench --baseline``: here our own forward stands for the stock export's."""
+    module = resolve(find_recipe(write_recipe(tmp_path))).module
+    forward = replace(artifact, functions={})
+    x = np.random.default_rng(0).standard_normal((1, 8, 3)).astype(np.float32)
+    settings: dict[str, Any] = {"threads": 1, "warmup": 1, "rounds": 3, "min_seconds": 0.0}
+    found = compare_steps(module, artifact, forward, {"x": x}, max_rel=1e-5, **settings)
+    told = found.to_json()
+    assert told["length"] == 8 and 0 < told["max_rel"] <= 1e-5
+    assert len(found.times.forward_ms) == 3 and len(found.times.step_ms) == 60
+    ratio = told["ratio"]
+    assert ratio["ci_low"] <= ratio["median"] <= ratio["ci_high"]
+    assert ratio["median"] == told["forward_ms_p50"] / told["step_ms_p50"]
+    with pytest.raises(VerificationError, match="step: ours differs from the baseline"):
+        compare_steps(module, artifact, forward, {"x": x}, max_rel=1e-12, **settings)

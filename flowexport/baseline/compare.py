@@ -17,6 +17,7 @@ import numpy as np
 
 from flowexport.baseline.programs import lowered, published_program
 from flowexport.baseline.sessions import BASELINE, LIMIT, OURS, Comparison, compare_sessions
+from flowexport.baseline.steps import StepComparison, compare_steps, stream_program
 from flowexport.baseline.stock import STOCK
 from flowexport.bench import bench_feeds
 from flowexport.core.errors import (
@@ -120,6 +121,7 @@ class _Programs:
     limit: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    stream: Path | None
 
 
 def _programs(subject: Subject, root: Path, progress: Progress) -> _Programs:
@@ -129,12 +131,16 @@ def _programs(subject: Subject, root: Path, progress: Progress) -> _Programs:
     ours = lowered(subject, attention=True)
     ours.save(root / "ours.pt2")
     lowered(subject, attention=False).save(root / "limit.pt2")
+    stream = None if subject.lengths is None else root / "stream.pt2"
+    if stream is not None:
+        stream_program(subject, stream)
     return _Programs(
         root / "published.pt2",
         root / "ours.pt2",
         root / "limit.pt2",
         tuple(s.static() for s in ours.inputs),
         tuple(s.static() for s in ours.outputs),
+        stream,
     )
 
 
@@ -223,7 +229,30 @@ def _compare_target(
             progress=lambda done, total: progress.step(done, total),
         )
     operators = {kind: operator_counts(target.inspect(a.path)) for kind, a in artifacts.items()}
-    return replace(found, operators=operators, memory=memory)
+    step: StepComparison | None = None
+    if made.stream is not None:
+        progress.stage(f"{name}: convert and measure the step")
+        streaming = convert_in_child(
+            target=name,
+            model=model,
+            program=made.stream,
+            options=options,
+            root=_folder(root / f"{name}-stream"),
+            log=root / "logs" / f"{name}-stream.log",
+            tick=tick,
+        ).artifact
+        step = compare_steps(
+            subject.module,
+            streaming,
+            artifacts[BASELINE],
+            feeds,
+            threads=threads,
+            max_rel=float(recipe.tolerance(name, Precision.FP32)["max_rel"]),
+            warmup=warmup,
+            rounds=rounds,
+            min_seconds=min_seconds,
+        )
+    return replace(found, operators=operators, memory=memory, step=step)
 
 
 def peak_memory(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from flowexport.bench import Ratio, measure, ratio_of_medians
 from flowexport.core.errors import VerificationError
 from flowexport.core.reports import LatencyReport
 from flowexport.core.types import Session
+
+if TYPE_CHECKING:
+    from flowexport.baseline.steps import StepComparison
 
 BASELINE, OURS, LIMIT = "baseline", "ours", "limit"
 MEMORY_METHOD = (
@@ -36,6 +39,7 @@ class Comparison:
         memory: extra bytes at the peak of loading and running, None where unknown.
         form: what lowering took.
         clock: ``thread_cpu`` (one thread) or ``wall``.
+        step: of a causal model exported with its step, else None.
     """
 
     target: str
@@ -49,6 +53,7 @@ class Comparison:
     memory: Mapping[str, int | None]
     form: str
     clock: str
+    step: StepComparison | None = None
 
     def p50(self, name: str) -> float:
         """Return the median latency in ms of ``baseline``, ``ours`` or ``limit``."""
@@ -81,6 +86,7 @@ class Comparison:
             "machine": ours.machine,
             "load_before": ours.load_before,
             "load_after": ours.load_after,
+            **({} if self.step is None else {"step": self.step.to_json()}),
         }
 
 
@@ -155,11 +161,27 @@ def difference(
     Raises:
         VerificationError: it is above ``max_rel``, or an output is not finite.
     """
+    pairs = ((baseline.run(feeds), ours.run(feeds)) for feeds in cases)
+    return check_difference(pairs, max_rel, where)
+
+
+def check_difference(
+    pairs: Iterable[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]],
+    max_rel: float,
+    where: str,
+) -> tuple[float, float]:
+    """Return the largest absolute and relative difference of outputs from those wanted.
+
+    Args:
+        pairs: the baseline's outputs and ours, by name.
+
+    Raises:
+        VerificationError: it is above ``max_rel``, or an output is not finite.
+    """
     from flowexport.parity import compare
 
     max_abs = worst = 0.0
-    for feeds in cases:
-        wanted, got = baseline.run(feeds), ours.run(feeds)
+    for wanted, got in pairs:
         for name, value in wanted.items():
             found = compare("", name, got[name], value.astype(np.float64), dtype=value.dtype.name)
             if found.problem is not None:

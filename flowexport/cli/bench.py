@@ -193,3 +193,13 @@ def _print_comparison(source: str, found: Mapping[str, Comparison]) -> None:
             markup=False,
             soft_wrap=True,
         )
+        if entry.step is not None:
+            step, ratio = told["step"], entry.step.ratio
+            console.print(
+                f"one step: {step['step_ms_p50']:.3f} ms; running the published forward of"
+                f" {step['length']} again takes {ratio.median:.1f} times as long (95 %:"
+                f" {ratio.ci_low:.1f} to {ratio.ci_high:.1f}); {step['length']} steps differ from"
+                f" it by {step['max_rel']:.1e} of the largest output",
+                markup=False,
+                soft_wrap=True,
+            )
