@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.errors import ConversionError
-from flowexport.core.types import Precision
+from flowexport.core.types import Precision, TensorSpec
 from flowexport.lowering.layers import Layer
 
 
@@ -143,17 +143,28 @@ def decide(
     return tuple(decisions)
 
 
-def read_samples(path: Path) -> tuple[str, Mapping[str, np.ndarray]]:
+def read_samples(path: Path, inputs: Sequence[TensorSpec]) -> tuple[str, Mapping[str, np.ndarray]]:
     """Return a calibration set's name and one array an input, samples first.
+
+    The samples have the longest bucket's length. A shorter one is calibrated on their
+    beginnings: on each sequence that it holds, and on the first steps of each that is
+    longer, so that it has as many samples however few are short.
 
     Args:
         path: written by :func:`flowexport.calibration.write_samples`.
+        inputs: of the program that is calibrated.
     """
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as file:
         name = str((file.metadata() or {}).get("name", path.stem))
-        return name, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return name, {s.name: _beginning(file.get_tensor(s.name), s) for s in inputs}
+
+
+def _beginning(values: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """Return samples cut to the static sizes of a spec."""
+    sizes = (slice(n if isinstance(n, int) else None) for n in spec.shape[1:])
+    return np.ascontiguousarray(values[(slice(None), *sizes)])
 
 
 def treatment_of(paths: Iterable[str], decisions: Sequence[Decision]) -> Treatment:

@@ -78,7 +78,7 @@ def static(
             f"convert onnx {program.model}: {options.precision.value} has no calibration samples;"
             " expected their file."
         )
-    name, samples = read_samples(options.calibration)
+    name, samples = read_samples(options.calibration, program.inputs)
     count = len(next(iter(samples.values())))
     batched = all(isinstance(s.shape[0], str) for s in program.inputs)
     with tempfile.TemporaryDirectory() as folder, _quiet():

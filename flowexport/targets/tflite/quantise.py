@@ -11,6 +11,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def quantise(
         dynamic_depthwise=not per_channel,  # XNNPACK has none; an old runtime does without it
     )
     model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
-    names = _name_operators(model, layers, where)
+    names = _name_operators(model, _all_layers(programs, where), where)
     wanted = {name: treatment_of(paths, decisions) for name, paths in names.items()}
     calibration = None
     with _on_stderr():
@@ -91,7 +92,7 @@ def quantise(
                     _add_rule(work, name, kind, treatment, options.precision, granularity)
             ranges = None
             if work.need_calibration:
-                ranges, calibration = _calibrate(work, main, options, program)
+                ranges, calibration = _calibrate(work, programs, options, where)
             result = work.quantize(ranges).quantized_model
         except ConversionError:
             raise
@@ -138,18 +139,40 @@ def _add_rule(
 
 
 def _calibrate(
-    work: Any, signature: str, options: Options, program: LoweredProgram
+    work: Any, programs: Mapping[str, LoweredProgram], options: Options, where: str
 ) -> tuple[Any, dict[str, Any]]:
+    """Return the ranges of every tensor; each signature is run on samples of its length."""
     if options.calibration is None:
         raise ConversionError(
-            f"convert tflite {program.model}: {options.precision.value} has no calibration"
-            " samples; expected their file."
+            f"{where}: {options.precision.value} has no calibration samples; expected their file."
         )
-    name, samples = read_samples(options.calibration)
-    count = len(next(iter(samples.values())))
-    feeds = [{key: values[i : i + 1] for key, values in samples.items()} for i in range(count)]
-    ranges = work.calibrate({signature: feeds}, num_threads=1)
-    return ranges, {"dataset": name, "samples": count}
+    feeds: dict[str, list[dict[str, np.ndarray]]] = {}
+    for signature, program in programs.items():
+        name, samples = read_samples(options.calibration, program.inputs)
+        count = len(next(iter(samples.values())))
+        feeds[signature] = [{k: v[i : i + 1] for k, v in samples.items()} for i in range(count)]
+    return work.calibrate(feeds, num_threads=1), {"dataset": name, "samples": count}
+
+
+def _all_layers(programs: Mapping[str, LoweredProgram], where: str) -> list[Layer]:
+    """Return the layers of every signature, by the main one's paths.
+
+    A length may hold a part of another's weight, as a head for all steps does, and the
+    product with it, in the model's own forward, has no path: the order tells which it is.
+    """
+    main, *others = (weighted_layers(program) for program in programs.values())
+    known = list(main)
+    for layers in others:
+        if [layer.kind for layer in layers] != [layer.kind for layer in main]:
+            raise ConversionError(
+                f"{where}: a signature has {len(layers)} layers, the main one {len(main)};"
+                " expected the same layers, in the same order, in every signature.",
+                fix="--precision fp16",
+            )
+        for layer, first in zip(layers, main, strict=True):
+            if not np.array_equal(layer.weight, first.weight):
+                known.append(replace(layer, path=first.path))
+    return known
 
 
 def _operators(model: Any) -> Iterator[tuple[Any, Any, str]]:
@@ -167,9 +190,10 @@ def _operators(model: Any) -> Iterator[tuple[Any, Any, str]]:
 def _name_operators(model: Any, layers: Sequence[Layer], where: str) -> dict[str, tuple[str, ...]]:
     """Name the output of each weighted operator after its module; return the paths by name."""
     names = OperatorNames(layers, where)
-    for graph in model.subgraphs:
-        for i, tensor in enumerate(graph.tensors):
-            tensor.name = f"{i:x}".encode()  # the converter's names weigh as much as small layers
+    # Short, for the converter's names weigh as much as small layers; the quantizer tells the
+    # tensors of all graphs apart by them.
+    for i, tensor in enumerate(t for graph in model.subgraphs for t in graph.tensors):
+        tensor.name = f"{i:x}".encode()
     for graph, op, kind in _operators(model):
         if kind not in WEIGHTED:
             continue
