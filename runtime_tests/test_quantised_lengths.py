@@ -1,4 +1,4 @@
-"""Quantised files of several lengths: what each function computes."""
+"""Quantised files of several lengths, and of a classifier: what each function computes."""
 
 from __future__ import annotations
 
@@ -130,3 +130,19 @@ def test_tflite_signatures_of_other_layers_are_refused(program: LoweredProgram) 
     )  # fmt: skip
     with pytest.raises(ConversionError, match="has 1 layers, the main one 8"):
         _all_layers({"long": program, "other": tiny}, "t")
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8_WEIGHTS, Precision.PALETTE8])
+def test_a_coreml_classifier_is_compressed(
+    program: LoweredProgram, precision: Precision, tmp_path: Path
+) -> None:
+    """The session holds label and probabilities against the scores, by the classes' names."""
+    target = TARGETS.get("coreml")
+    if not target.probe().converts:
+        pytest.skip(str(target.probe().reason))
+    short = program.functions[f"forward_{SHORT}"]
+    artifact = target.convert(short, Options(precision, {"classifier": True}), tmp_path)
+    assert artifact.details["classes"] == ["a", "b", "c"]
+    assert artifact.details["operators"]["classify"] == 1
+    assert set(layers(artifact).values()) == {"weights"}
+    assert 0 < error("coreml", artifact, SHORT) <= LIMIT

@@ -91,6 +91,24 @@ def _forget_output_types() -> str:
     return "flowexport::forget_output_types"
 
 
+@cache
+def _keep_classifier_last() -> None:
+    """Let no cast be moved behind the classifier's end when a finished program is read again.
+
+    coremltools 9.0 writes the classes into ``classify`` where that is the last operator of a
+    function, and else fails at their list; compressing a package's weights orders it anew.
+    """
+    from coremltools.converters.mil.mil.passes.defs.cleanup import topological_reorder as usual
+    from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+
+    @register_pass(namespace="common", override=True)  # type: ignore[misc]
+    class topological_reorder(usual):  # type: ignore[misc]  # noqa: N801
+        def apply(self, prog: Any) -> None:
+            kinds = {op.op_type for f in prog.functions.values() for op in f.operations}
+            if "classify" not in kinds:
+                super().apply(prog)
+
+
 def require_dtypes(inputs: Sequence[TensorSpec], where: str) -> None:
     """Raise InputError for an input of a dtype that no package takes."""
     for spec in inputs:
@@ -202,6 +220,7 @@ def to_package(
     pipeline.remove_passes({"common::fuse_elementwise_to_batchnorm"})
     more: dict[str, Any] = {"pass_pipeline": pipeline}
     if classes:
+        _keep_classifier_last()
         pipeline.append_pass(_forget_output_types())
         more["classifier_config"] = ct.ClassifierConfig(
             list(classes), predicted_feature_name=LABEL, predicted_probabilities_output=SOFTMAX
