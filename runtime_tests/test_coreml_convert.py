@@ -122,6 +122,17 @@ def test_deployment_target_sets_the_specification(tmp_path: Path, fp32: Artifact
     assert versions == [7, 8]  # iOS 16 and iOS 17
 
 
+def test_what_was_built_before_leaves_no_trace(fp32: Artifact, tmp_path: Path) -> None:
+    from coremltools.converters.mil import Builder
+
+    @Builder.program(input_specs=[Builder.TensorSpec(shape=(2,))])
+    def unrelated(x):
+        return Builder.add(x=x, y=Builder.const(val=np.ones(2, np.float32)))
+
+    again = TARGET.convert(layer_program("timeseries"), Options(), tmp_path)
+    assert again.sha256 == fp32.sha256
+
+
 class Reciprocal(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 1.0 / torch.sigmoid(x)

@@ -202,9 +202,12 @@ def to_package(
         ConversionError: coremltools refused the program.
     """
     import coremltools as ct
+    from coremltools.converters.mil import Builder
 
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     _register_operators()
+    # It numbers constants through everything that was built or joined before in this process.
+    Builder.name_count.clear()
     exported = program.exported.run_decompositions({})
     state = state_nodes(replace(program, exported=exported)) if precision is Precision.FP16 else ()
     places = number_nodes(exported, [str(op.overload) for op in installed_ops()], state)
