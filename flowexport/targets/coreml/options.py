@@ -12,6 +12,7 @@ from flowexport.core.types import Options, Precision, TensorSpec
 PRECISIONS = (
     Precision.FP32,
     Precision.FP16,
+    Precision.INT8_STATIC,
     Precision.INT8_WEIGHTS,
     Precision.PALETTE8,
     Precision.PALETTE6,
@@ -30,7 +31,14 @@ STATES = ("half", "split")
 FUNCTIONS, STATE = "several functions in a package", "a state inside the package"
 ENUMERATED = "several inputs of enumerated shapes"
 GROUPS = "a palette for a group of channels"
-FIRST_SYSTEM = {FUNCTIONS: "iOS18", STATE: "iOS18", ENUMERATED: "iOS18", GROUPS: "iOS18"}
+ACTIVATIONS = "activations in 8 bits"
+FIRST_SYSTEM = {
+    FUNCTIONS: "iOS18",
+    STATE: "iOS18",
+    ENUMERATED: "iOS18",
+    GROUPS: "iOS18",
+    ACTIVATIONS: "iOS17",
+}
 """What a package may hold -> the first deployment target that has it; iOS16 has all else."""
 
 
@@ -131,6 +139,8 @@ class CoreMLOptions:
             )
         if settings.palette_group:
             settings.system(where, GROUPS)
+        if options.precision is Precision.INT8_STATIC:
+            settings.system(where, ACTIVATIONS)
         if settings.flexible and settings.image:
             raise InputError(
                 f"{where}: image and flexible are both asked for; expected one of them: these"
@@ -144,7 +154,9 @@ class CoreMLOptions:
         return {name: max(n for v in limits.values() for n in v)
                 for name, limits in self.flexible.items()}  # fmt: skip
 
-    def held(self, inputs: Sequence[TensorSpec], several: bool) -> tuple[str, ...]:
+    def held(
+        self, inputs: Sequence[TensorSpec], several: bool, precision: Precision
+    ) -> tuple[str, ...]:
         """Return what a package of these inputs holds: keys of :data:`FIRST_SYSTEM`."""
         enumerated = any("sizes" in limits for limits in self.flexible.values())
         return (
@@ -152,6 +164,7 @@ class CoreMLOptions:
             *([STATE] if self.stateful else []),
             *([GROUPS] if self.palette_group else []),
             *([ENUMERATED] if enumerated and len(inputs) > 1 else []),
+            *([ACTIVATIONS] if precision is Precision.INT8_STATIC else []),
         )
 
     def system(self, where: str, *held: str) -> str:

@@ -63,7 +63,7 @@ class Part:
         kept: list[Quantisation] = []
 
         def compressed(model: Any) -> Any:
-            result, quantised = compress(model, plain, options, settings.palette_group)
+            result, quantised = compress(model, plain, options, settings.palette_group, image)
             kept.append(quantised)
             return result
 

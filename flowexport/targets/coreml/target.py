@@ -104,7 +104,7 @@ class CoreMLTarget:
         """
         settings = CoreMLOptions.parse(options)
         where = f"convert coreml {spec.name}"
-        settings.system(where, *settings.held(spec.inputs, several))
+        settings.system(where, *settings.held(spec.inputs, several, options.precision))
         if settings.flexible:
             check_flexible(spec.inputs, settings.flexible, where)
         else:
@@ -136,7 +136,8 @@ class CoreMLTarget:
         else:
             check_static(program.inputs, where, _ONE_LENGTH)
         require_dtypes(program.inputs, where)
-        system = settings.system(where, *settings.held(program.inputs, bool(program.functions)))
+        held = settings.held(program.inputs, bool(program.functions), options.precision)
+        system = settings.system(where, *held)
         self._require_converter(program.model)
         if settings.stateful:
             require_step(program)
