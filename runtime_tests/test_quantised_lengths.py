@@ -132,17 +132,44 @@ def test_tflite_signatures_of_other_layers_are_refused(program: LoweredProgram) 
         _all_layers({"long": program, "other": tiny}, "t")
 
 
-@pytest.mark.parametrize("precision", [Precision.INT8_WEIGHTS, Precision.PALETTE8])
+def test_coreml_functions_have_ranges_of_their_own(
+    program: LoweredProgram, calibration: Path, tmp_path: Path
+) -> None:
+    target = TARGETS.get("coreml")
+    if not target.probe().converts:
+        pytest.skip(str(target.probe().reason))
+    options = Options(Precision.INT8_STATIC, {}, (), calibration)
+    artifact = target.convert(program, options, tmp_path)
+    assert list(layers(artifact).values()) == ["weights", *["integer"] * 6, "weights"]
+    from flowexport.targets.coreml.interpreter.program import load_package
+
+    # Not LONG's: one range for steps that differ a hundredfold leaves 56 % (TFLite: 66 %).
+    assert 0 < error("coreml", artifact.function(f"forward_{SHORT}"), SHORT) <= LIMIT
+    largest = {}
+    for length in (SHORT, LONG):
+        operations = load_package(artifact.path, f"forward_{length}").function.operations
+        scales = [float(op.scale.val) for op in operations if op.op_type == "quantize"]
+        assert len(scales) == 4  # query, key and value share one
+        largest[length] = max(scales)
+    assert largest[LONG] > 10 * largest[SHORT] > 0
+
+
+@pytest.mark.parametrize(
+    "precision", [Precision.INT8_STATIC, Precision.INT8_WEIGHTS, Precision.PALETTE8]
+)
 def test_a_coreml_classifier_is_compressed(
-    program: LoweredProgram, precision: Precision, tmp_path: Path
+    program: LoweredProgram, precision: Precision, calibration: Path, tmp_path: Path
 ) -> None:
     """The session holds label and probabilities against the scores, by the classes' names."""
     target = TARGETS.get("coreml")
     if not target.probe().converts:
         pytest.skip(str(target.probe().reason))
     short = program.functions[f"forward_{SHORT}"]
-    artifact = target.convert(short, Options(precision, {"classifier": True}), tmp_path)
+    artifact = target.convert(
+        short, Options(precision, {"classifier": True}, (), calibration), tmp_path
+    )
     assert artifact.details["classes"] == ["a", "b", "c"]
     assert artifact.details["operators"]["classify"] == 1
-    assert set(layers(artifact).values()) == {"weights"}
+    inner = "integer" if precision is Precision.INT8_STATIC else "weights"
+    assert list(layers(artifact).values()) == ["weights", *[inner] * 6, "weights"]
     assert 0 < error("coreml", artifact, SHORT) <= LIMIT
