@@ -45,8 +45,8 @@ def module(images: bool = False) -> nn.Module:
     return Branches(images).eval()
 
 
-def program(images: bool = False) -> LoweredProgram:
-    spec = TensorSpec("x", ("batch", 3, 4, 4) if images else ("batch", 6, 3))
+def program(images: bool = False, steps: int | str = 6) -> LoweredProgram:
+    spec = TensorSpec("x", ("batch", 3, 4, 4) if images else ("batch", steps, 3))
     told = {"layout": "NCHW", "range": [0.0, 1.0], "mean": [0.5] * 3, "std": [0.25] * 3}
     return lower(module(images), [spec], ["y"], name="branches", ops=(),
                  preprocessing=told if images else {})  # fmt: skip
@@ -167,7 +167,7 @@ def test_a_layer_left_in_float_fails_the_conversion(
         return insert(model, dict(list(operators.items())[:-1]), *rest)
 
     monkeypatch.setattr(compress, "quantise_activations", forgets)
-    with pytest.raises(ConversionError, match=r"layer back is weights .* expected integer"):
+    with pytest.raises(ConversionError, match=r"^convert coreml branches: layer back is weights"):
         convert(tmp_path, calibration)
 
 
@@ -201,6 +201,30 @@ def test_no_samples_and_samples_past_half_are_refused(tmp_path: Path) -> None:
     huge = written(samples() * 1e6, tmp_path / "huge.safetensors")
     with pytest.raises(ConversionError, match=r"reaches (inf|nan) .* the largest float16"):
         convert(tmp_path, huge)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "refused"),
+    [({"sizes": [4, 6]}, None), ({"range": [2, 5]}, "1x6x3; expected 1x2..5x3")],
+)
+def test_a_flexible_length_is_calibrated_at_the_samples_length(
+    sizes: dict[str, Any], refused: str | None, calibration: Path, tmp_path: Path
+) -> None:
+    options = Options(STATIC, {"flexible": {"length": sizes}}, (), calibration)
+    if refused is None:
+        artifact = TARGET.convert(program(steps="length"), options, tmp_path)
+        assert layers(artifact) == LAYERS
+        assert 0 < error(artifact) <= TOLERANCE[STATIC]
+        return
+    with pytest.raises(InputError, match=f"a calibration sample's x is {refused}") as caught:
+        TARGET.convert(program(steps="length"), options, tmp_path)
+    assert "that `flexible` allows" in str(caught.value.fix)
+
+
+def test_the_same_samples_give_the_same_bytes(
+    made: Artifact, calibration: Path, tmp_path: Path
+) -> None:
+    assert convert(tmp_path, calibration).sha256 == made.sha256
 
 
 def test_tiny_values_get_a_scale_that_no_device_flushes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flowexport.core.errors import ConversionError
+from flowexport.core.errors import ConversionError, InputError
 from flowexport.core.types import Options
 from flowexport.lowering import LoweredProgram
 from flowexport.lowering.quantisation import read_samples
@@ -95,10 +95,19 @@ def measure_peaks(
 
     Raises:
         ConversionError: a value is not in the package, or not one that float16 holds.
+        InputError: the package takes no samples of this shape.
     """
     from flowexport.targets.coreml.interpreter import Interpreter, Mode
 
     interpreter = Interpreter(path, mode=Mode.FP16)
+    for feature in interpreter.inputs:
+        shape = (1, *feeds[feature.name].shape[1:])
+        if not feature.allows(shape):
+            raise InputError(
+                f"{where}: a calibration sample's {feature.name} is {'x'.join(map(str, shape))};"
+                f" expected {feature.expected()}.",
+                fix="--calibration with samples of a length that `flexible` allows",
+            )
     peaks = dict.fromkeys(names, 0.0)
     seen: set[str] = set()
 

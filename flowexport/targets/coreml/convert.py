@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flowexport.core.errors import ConversionError, InputError
+from flowexport.core.errors import ConversionError, FlowExportError, InputError
 from flowexport.core.types import Precision, TensorSpec
 from flowexport.lowering import LoweredProgram
 from flowexport.lowering.streaming import state_nodes
@@ -144,6 +144,8 @@ def _told_in_a_line(model: str, what: str) -> Iterator[None]:
     with contextlib.redirect_stdout(sys.stderr):
         try:
             yield
+        except FlowExportError:
+            raise
         except Exception as error:
             raise ConversionError(
                 f"convert coreml {model}: coremltools refused {what}:"
