@@ -17,6 +17,7 @@ import mutants_tflite
 import numpy as np
 import pytest
 from mutants import artifact_of, shared_bundle
+from mutants_reach import SHORT, STEP
 from once import session_folder
 from way_tools import refused
 
@@ -159,7 +160,7 @@ def test_the_damaged_layer_is_named(
 
 # Other functions than forward.
 
-DAMAGED = [("lengths", mutants_families.SHORT), ("stream", mutants_families.STEP)]
+DAMAGED = [("lengths", SHORT), ("stream", STEP)]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_a_state_that_does_not_move_is_found_in_the_step(
     families: Callable[[str], Path], tmp_path: Path, capsys: Capture
 ) -> None:
     copy = Path(shutil.copytree(families("stream"), tmp_path / "copy"))
-    mutants_families.ONNX.keep(artifact_of(copy, "onnx").path)
+    mutants_families.REACH["onnx"].keep(artifact_of(copy, "onnx").path)
     assert run(["bisect", str(copy), "--target", "onnx", "--json"]) == 4
     document = json.loads(capsys.readouterr().out)
     assert document["function"] == "step" and document["output_error"] > document["tolerance"]

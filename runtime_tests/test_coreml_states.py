@@ -14,7 +14,7 @@ from flowexport_models import build_spec
 from mobile_models import layer_program
 from mutants import artifact_of, judge
 from mutants_coreml import edit
-from mutants_families import COREML
+from mutants_reach_coreml import COREML
 from streaming_tools import write_recipe
 from way_tools import converted_here
 
