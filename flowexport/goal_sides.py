@@ -23,7 +23,8 @@ from flowexport.core.errors import VerificationError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Options, Precision, Session, TensorSpec
 from flowexport.measure_forms import layer
-from flowexport.registry import OPS, TARGETS
+from flowexport.ops.installed import installed_ops
+from flowexport.registry import TARGETS
 
 # Rounding in another order over sums of up to 4,096 tokens.
 TOLERANCE = 5e-5
@@ -118,7 +119,7 @@ def _converted(
     from flowexport.lowering import lower
 
     out.mkdir()
-    ops = list(OPS.working().values())
+    ops = installed_ops()
     program = lower(module, inputs, outputs, name="layer", ops=ops)
     return TARGETS.get(row.target).convert(program, Options(), out)
 
@@ -148,7 +149,7 @@ def _replaced(
     """Return our conversion of the module with a function in place of each attention."""
     from flowexport.lowering.replaced import Replaced
 
-    bare = Replaced(module, {op.overload: function for op in OPS.working().values()})
+    bare = Replaced(module, {op.overload: function for op in installed_ops()})
     return _converted(row, bare, inputs, ["y"], out)
 
 

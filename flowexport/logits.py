@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowexport.core.types import FORWARD, Dataset, TensorSpec
-from flowexport.registry import OPS
+from flowexport.ops.installed import installed_ops
 from flowexport.resolve import Subject
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def calibrate(
 
     from flowexport.ops.flow_attention.ranges import LogitRange
 
-    overloads = {op.overload for op in OPS.working().values()}
+    overloads = {op.overload for op in installed_ops()}
     runs: list[list[tuple[Tensor, Tensor, Tensor]]] = []
 
     class Recorder(torch.fx.Interpreter):
@@ -142,7 +142,7 @@ def calibrate_subject(
             inputs,
             spec.output_names,
             name=spec.name,
-            ops=list(OPS.working().values()),
+            ops=installed_ops(),
         )
         found = calibrate(program, _stretched(feeds, inputs))
         calls += [replace(call, function=function) for call in found]

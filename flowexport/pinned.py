@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flowexport.core.errors import RecipeError
-from flowexport.registry import OPS
+from flowexport.ops.installed import installed_ops
 from flowexport.resolve import Subject, zeros
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def check_pinned(subject: Subject, options: Mapping[str, Options]) -> None:
     pinned = {name: o.extra["form"] for name, o in options.items() if o.extra.get("form")}
     if not pinned:
         return
-    known = {op.name: op for op in OPS.working().values()}
+    known = {op.name: op for op in installed_ops()}
     sites = attentions(subject)
     for name, form in pinned.items():
         for site in sites:
@@ -79,7 +79,7 @@ def _calls(subject: Subject, sizes: Mapping[str, int]) -> list[AttentionSite]:
 
         return record
 
-    functions = {op.overload: recorder(op.name) for op in OPS.working().values()}
+    functions = {op.overload: recorder(op.name) for op in installed_ops()}
     inputs = [zeros(s.static(batch=1, **sizes)) for s in subject.spec.inputs]
     with torch.no_grad():
         Replaced(subject.module, functions)(*inputs)

@@ -31,12 +31,13 @@ from flowexport.evidence import (
     verify_all,
 )
 from flowexport.manifest import make_manifest
+from flowexport.ops.installed import installed_ops
 from flowexport.plan import Plan, check_points, make_plan
 from flowexport.process import Conversion, convert_in_child
 from flowexport.progress import SILENT, Progress
 from flowexport.recipes import Recipe
 from flowexport.references import write_references
-from flowexport.registry import OPS, TARGETS
+from flowexport.registry import TARGETS
 
 if TYPE_CHECKING:
     from flowexport.lowering import LoweredProgram
@@ -310,7 +311,7 @@ def _lower(plan: Plan, work: Path, progress: Progress) -> dict[Precision, Lowere
         progress.step(done, len(wanted), precision.value)
         arguments: dict[str, Any] = {
             "name": spec.name,
-            "ops": list(OPS.working().values()),
+            "ops": installed_ops(),
             "precision": precision,
             "labels": spec.labels,
             "preprocessing": spec.preprocessing,

@@ -18,10 +18,11 @@ import numpy as np
 from flowexport.calibration import require_calibration, spread, write_samples
 from flowexport.core.errors import InputError, UnknownNameError
 from flowexport.core.types import Artifact, Dataset, Options, Precision
+from flowexport.ops.installed import installed_ops
 from flowexport.plan import override
 from flowexport.progress import SILENT, Progress
 from flowexport.recipes import Recipe
-from flowexport.registry import OPS, TARGETS
+from flowexport.registry import TARGETS
 from flowexport.resolve import Subject, find_recipe, resolve
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class _Pass:
             spec.inputs,
             spec.output_names,
             name=spec.name,
-            ops=list(OPS.working().values()),
+            ops=installed_ops(),
         )
         self.layers: tuple[Layer, ...] = weighted_layers(self.program)
         where = f"sensitivity {spec.name}"
@@ -226,7 +227,7 @@ class _Pass:
         settings = OnnxOptions.parse(self.options)
         model, _ = export(
             self.program,
-            list(OPS.working().values()),
+            installed_ops(),
             opset=settings.opset,
             pinned=settings.form,
             precision=self.options.precision,

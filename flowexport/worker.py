@@ -59,10 +59,11 @@ def peak_rss_bytes() -> int:
 def convert(request: dict[str, Any]) -> dict[str, Any]:
     """Convert one program to one target; returns the artifact as JSON."""
     from flowexport.lowering import LoweredProgram
-    from flowexport.registry import OPS, TARGETS
+    from flowexport.ops.installed import installed_ops
+    from flowexport.registry import TARGETS
 
     target = TARGETS.get(request["target"])
-    program = LoweredProgram.load(Path(request["program"]), list(OPS.working().values()))
+    program = LoweredProgram.load(Path(request["program"]), installed_ops())
     samples = request["calibration"]
     options = Options(
         Precision(request["precision"]),

@@ -29,7 +29,8 @@ from flowexport.core.types import Artifact, Options, Session
 from flowexport.lowering.replaced import Replaced
 from flowexport.ops.flow_attention import VARIANTS, op_arguments
 from flowexport.ops.flow_attention.reference import feature_map
-from flowexport.registry import OPS, TARGETS
+from flowexport.ops.installed import installed_ops
+from flowexport.registry import TARGETS
 from flowexport.resolve import Subject, find_recipe, resolve
 
 KINDS = ("baseline", "ours", "limit")
@@ -144,7 +145,7 @@ def test_projections_only_uses_all_three(length: int, sources: int, width: int) 
 @pytest.mark.parametrize("variant", ["vision", "timeseries", "causal", "lra"])
 def test_the_published_program_is_the_model_in_plain_operators(variant: str) -> None:
     module = layer(variant)
-    functions = {op.overload: op.forms["published"] for op in OPS.working().values()}
+    functions = {op.overload: op.forms["published"] for op in installed_ops()}
     example = (torch.randn(1, 12, 16), torch.ones(1, 12))
     exported = torch.export.export(Replaced(module, functions), example)
     assert "flowexport" not in str(exported.graph)

@@ -19,9 +19,10 @@ from flowexport.bundle import Bundle
 from flowexport.core.errors import InputError, RecipeError
 from flowexport.core.types import Dataset, Options, TensorSpec, Verdict
 from flowexport.lowering import LoweredProgram, lower_buckets
+from flowexport.ops.installed import installed_ops
 from flowexport.plan import make_plan
 from flowexport.recipes import load_recipe
-from flowexport.registry import OPS, TARGETS
+from flowexport.registry import TARGETS
 from flowexport.report.lengths import lengths
 from flowexport.resolve import resolve
 
@@ -98,7 +99,7 @@ def test_a_damaged_shorter_length_fails_verification(result: Any, tmp_path: Path
 def test_lengths_are_functions_of_one_file_that_share_weights(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_model("flowformer-timeseries", **SIZES, num_layers=1, d_ff=2048).eval()
-    ops = list(OPS.working().values())
+    ops = installed_ops()
 
     def lowered(*lengths: int) -> LoweredProgram:
         buckets = {n: inputs(n) for n in lengths}

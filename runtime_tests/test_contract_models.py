@@ -10,7 +10,8 @@ import torch
 
 from flowexport.core.types import ModelSpec, Precision
 from flowexport.lowering import lower
-from flowexport.registry import DATASETS, MODELS, OPS
+from flowexport.ops.installed import installed_ops
+from flowexport.registry import DATASETS, MODELS
 
 
 @pytest.fixture(scope="module", params=MODELS.names())
@@ -42,7 +43,7 @@ def test_lowers_with_every_attention_kept(
         spec.inputs,
         spec.output_names,
         name=spec.name,
-        ops=list(OPS.working().values()),
+        ops=installed_ops(),
         precision=precision,
     )
     assert program.attentions, "a Flowformer has attention nodes"

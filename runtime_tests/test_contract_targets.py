@@ -28,7 +28,8 @@ from flowexport.core.types import (
 )
 from flowexport.lowering import LoweredProgram, lower
 from flowexport.ops.flow_attention import VARIANTS, flow_attention
-from flowexport.registry import OPS, TARGETS
+from flowexport.ops.installed import installed_ops
+from flowexport.registry import TARGETS
 
 INPUTS = (TensorSpec("x", ("batch", 6, 8)), TensorSpec("gain", ("batch", 6)))
 LABELS = ("rest", "wave", "clap")
@@ -73,7 +74,7 @@ def program(precision: Precision) -> LoweredProgram:
         INPUTS,
         ["scores", "tokens"],
         name="tiny",
-        ops=list(OPS.working().values()),
+        ops=installed_ops(),
         precision=precision,
         labels=LABELS,
         preprocessing={"note": "as is"},

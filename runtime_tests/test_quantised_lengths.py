@@ -16,7 +16,8 @@ from flowexport.core.errors import ConversionError
 from flowexport.core.types import Dataset, Options, Precision
 from flowexport.lowering import LoweredProgram, lower_buckets
 from flowexport.lowering.quantisation import read_samples
-from flowexport.registry import OPS, TARGETS
+from flowexport.ops.installed import installed_ops
+from flowexport.registry import TARGETS
 
 SHORT, LONG = 5, 12
 LIMIT = 0.05
@@ -45,7 +46,7 @@ def program() -> LoweredProgram:
         {n: inputs(n) for n in (SHORT, LONG)},
         ["logits"],
         name="tiny",
-        ops=list(OPS.working().values()),
+        ops=installed_ops(),
         labels=["a", "b", "c"],
     )
 

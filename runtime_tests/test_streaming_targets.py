@@ -20,8 +20,9 @@ from flowexport.core.streaming import Stream, StreamState
 from flowexport.core.types import STEP, Artifact, Options, Precision, TensorSpec
 from flowexport.lowering import LoweredProgram, lower, lower_streaming
 from flowexport.ops.flow_attention import VARIANTS, FlowVariant
+from flowexport.ops.installed import installed_ops
 from flowexport.parity.streaming import run_steps
-from flowexport.registry import OPS, TARGETS
+from flowexport.registry import TARGETS
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = {"feat_dim": 3, "max_len": 8, "num_classes": 3, "d_model": 8, "n_heads": 2}
@@ -39,7 +40,7 @@ def lowered(
         ["logits"],
         lengths=lengths,
         name="tiny",
-        ops=list(OPS.working().values()),
+        ops=installed_ops(),
         precision=precision,
     )
 
@@ -164,7 +165,7 @@ def test_decision_transformers_attention_reproduces_the_golden_vectors(
         [TensorSpec("queries", ("batch", *x.shape[1:]))],
         ["output"],
         name="rl",
-        ops=list(OPS.working().values()),
+        ops=installed_ops(),
         precision=Precision(precision),
     )
     target = TARGETS.get(name)
@@ -209,7 +210,7 @@ def test_core_ml_functions_need_their_system(tmp_path: Path) -> None:
 def test_programs_are_saved_with_their_functions(tmp_path: Path) -> None:
     _, program = classifier()
     program.save(tmp_path / "program.pt2")
-    again = LoweredProgram.load(tmp_path / "program.pt2", list(OPS.working().values()))
+    again = LoweredProgram.load(tmp_path / "program.pt2", installed_ops())
     assert list(again.functions) == list(program.functions) == ["forward_200", STEP]
     assert again.functions[STEP].state == program.functions[STEP].state != {}
     assert again.functions[STEP].outputs == program.functions[STEP].outputs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowexport.core.errors import LoweringError
 from flowexport.core.types import TensorSpec
-from flowexport.registry import OPS
+from flowexport.ops.installed import installed_ops
 from flowexport.resolve import Subject
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def save_published(module: nn.Module, inputs: Sequence[TensorSpec], name: str, p
 
     from flowexport.lowering.replaced import Replaced
 
-    functions = {op.overload: op.forms["published"] for op in OPS.working().values()}
+    functions = {op.overload: op.forms["published"] for op in installed_ops()}
     example = tuple(
         torch.zeros([int(d) for d in s.static().shape], dtype=getattr(torch, s.dtype))
         for s in inputs
@@ -107,7 +107,7 @@ def lowered(subject: Subject, *, attention: bool) -> LoweredProgram:
     from flowexport.lowering import lower
     from flowexport.lowering.replaced import Replaced
 
-    ops = list(OPS.working().values())
+    ops = installed_ops()
     module = copy.deepcopy(subject.module)
     if not attention:
         module = Replaced(module, {op.overload: projections_only for op in ops})

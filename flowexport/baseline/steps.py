@@ -17,7 +17,8 @@ from flowexport.bench import Ratio, measure_steps, ratio_of_unpaired_medians
 from flowexport.core.findings import StepTimes
 from flowexport.core.streaming import Stream, StreamState
 from flowexport.core.types import STEP, Artifact
-from flowexport.registry import OPS, TARGETS
+from flowexport.ops.installed import installed_ops
+from flowexport.registry import TARGETS
 from flowexport.resolve import Subject
 
 
@@ -56,7 +57,7 @@ def stream_program(subject: Subject, path: Path) -> None:
         spec.inputs,
         spec.output_names,
         name=spec.name,
-        ops=list(OPS.working().values()),
+        ops=installed_ops(),
         recipe_sha256=subject.recipe_sha256,
     ).save(path)
 
