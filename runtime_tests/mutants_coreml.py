@@ -42,9 +42,25 @@ def _constants(spec: Any) -> dict[str, Any]:
 
 
 def _value(spec: Any, operation: Any, argument: str) -> Any:
-    """Return the value message of an operator's constant argument."""
+    """Return the value message of an operator's constant argument, which none else reads now."""
     binding = operation.inputs[argument].arguments[0]
-    return _constants(spec)[binding.name].attributes["val"] if binding.name else binding.value
+    if not binding.name:
+        return binding.value
+    operations = _block(spec).operations
+    own = type(operation).FromString(_constants(spec)[binding.name].SerializeToString())
+    own.outputs[0].name = binding.name = f"own_{binding.name}"
+    place = next(i for i, op in enumerate(operations) if op is operation or op == operation)
+    operations.insert(place, own)
+    return operations[place].attributes["val"]
+
+
+def _read_as(spec: Any, kind: str, argument: str) -> set[str]:
+    """Return the names of what the operators of a kind read as one argument."""
+    return {op.inputs[argument].arguments[0].name for op in _operations(spec, kind)}
+
+
+def _vectors(spec: Any, role: str) -> set[str]:
+    return _read_as(spec, *{"norm": ("layer_norm", "gamma"), "bias": ("linear", "bias")}[role])
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -81,24 +97,6 @@ def weights(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _immediate_weight(role: str, damage: Damage, path: Path) -> None:
-    """Change a short vector, which the program itself holds."""
-
-    def change(spec: Any) -> None:
-        values = {}
-        for name, constant in _constants(spec).items():
-            value = constant.attributes["val"]
-            tensor = value.immediateValue.tensor
-            if value.WhichOneof("value") == "immediateValue" and len(tensor.floats.values) > 8:
-                values[name] = tensor.floats.values
-        arrays = {n: np.array(v, np.float32) for n, v in values.items()}
-        wanted = "norm_weight" if role == "norm" else "projection_bias"
-        name = next(n for n in arrays if n.endswith(wanted))
-        values[name][:] = damage(arrays[name]).astype(np.float32).tolist()
-
-    edit(change, path)
-
-
 def damage_layer(path: Path, layer: np.ndarray, damage: Damage) -> None:
     """Damage the tensor that holds a layer's matrix, in either order of its axes."""
     tensors = weights(path)
@@ -117,12 +115,8 @@ def _overwrite(path: Path, name: str, damage: Damage, tensors: dict[str, np.ndar
 def _weight(role: str, damage: Damage, path: Path) -> None:
     tensors = weights(path)
     if role in ("norm", "bias"):
-        blobs = {n: v for n, v in tensors.items() if v.ndim == 1}
-        wanted = "norm_weight" if role == "norm" else "bias"
-        names = [n for n in blobs if n.endswith(wanted)]
-        if not names:
-            _immediate_weight(role, damage, path)
-            return
+        wanted = _vectors(package.read_spec(path), role)
+        names = [n for n, v in tensors.items() if v.ndim == 1 and n in wanted]
         name = names[len(names) // 2]
     else:
         matrices = [n for n, v in tensors.items() if v.ndim == 2]
@@ -159,17 +153,6 @@ def _stored_fp16(path: Path) -> None:
         block.operations.insert(place + 1, cast)
 
     edit(change, path)
-
-
-def _scalar(near: float, new: float, spec: Any) -> None:
-    """Change every scalar float constant of one value."""
-    count = 0
-    for constant in _constants(spec).values():
-        values = constant.attributes["val"].immediateValue.tensor.floats.values
-        if len(values) == 1 and abs(values[0] - near) <= 1e-6 * abs(near):
-            values[0] = new
-            count += 1
-    assert count, f"no constant of {near}"
 
 
 def _argument(kind: str, argument: str, new: float, spec: Any) -> None:

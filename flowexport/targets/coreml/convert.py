@@ -251,10 +251,12 @@ def to_package(
             skip_model_load=True,
             **more,
         )
+        # Compressing loads the program anew, without the places.
+        written = Written(*named_results(model._mil_program, places, keep_fp32))
         if compress is not None:
             model = compress(model)
         model.save(str(path))
-    return Written(*named_results(model._mil_program, places, keep_fp32))
+    return written
 
 
 def _shape(spec: TensorSpec, sizes: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from flowexport.core.errors import InputError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import TensorSpec
+from flowexport.targets.coreml.names import unfold
 from flowexport.targets.coreml.sdk import quiet
 
 MODEL_FILE = "Data/com.apple.CoreML/model.mlmodel"
@@ -127,18 +128,29 @@ def operator_counts(spec: Any) -> dict[str, int]:
 
 
 def scalars(spec: Any) -> dict[str, int]:
-    """Return how often each single float constant occurs: ε, bounds of clamps, factors."""
+    """Return how often each single float constant is read: ε, bounds of clamps, factors."""
     counts: Counter[str] = Counter()
-    for op in operations(spec):
+    for function in spec.mlProgram.functions.values():
+        counts += _scalars(list(_walk(function)))
+    return dict(sorted(counts.items()))
+
+
+def _scalars(program: list[Any]) -> Counter[str]:
+    read = Counter(
+        b.name for op in program for argument in op.inputs.values() for b in argument.arguments
+    )
+    counts: Counter[str] = Counter()
+    for op in program:
         value = op.attributes["val"] if op.type == "const" else None
         if value is None or value.WhichOneof("value") != "immediateValue":
             continue
         tensor, kind = value.immediateValue.tensor, value.type.tensorType
+        times = read[op.outputs[0].name]
         if len(tensor.floats.values) == 1:
-            counts[f"{tensor.floats.values[0]:.9g}"] += 1
+            counts[f"{tensor.floats.values[0]:.9g}"] += times
         elif kind.dataType == MIL_FLOAT16 and len(tensor.bytes.values) == 2:
-            counts[f"{struct.unpack('<e', tensor.bytes.values)[0]:.9g}"] += 1
-    return dict(sorted(counts.items()))
+            counts[f"{struct.unpack('<e', tensor.bytes.values)[0]:.9g}"] += times
+    return counts
 
 
 def constants(path: Path, spec: Any) -> dict[str, np.ndarray]:
@@ -226,10 +238,10 @@ def features(spec: Any, function: str = "") -> tuple[list[TensorSpec], list[Tens
 
 def module_paths(spec: Any, function: str) -> dict[str, str]:
     """Return the PyTorch module path of a function's results, by name; empty where unknown."""
-    table = user_metadata(spec).get("modules", {})
+    table = user_metadata(spec).get("places", {})
     # A package of one function calls it ``main``.
     own = table.get(function) or (next(iter(table.values())) if len(table) == 1 else {})
-    return {name: path for path, names in own.items() for name in names}
+    return {name: path for path, names in own.items() for name in unfold(names)}
 
 
 def user_metadata(spec: Any) -> dict[str, Any]:

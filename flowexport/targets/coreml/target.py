@@ -43,6 +43,7 @@ from flowexport.targets.coreml.convert import (
 )
 from flowexport.targets.coreml.describe import describe
 from flowexport.targets.coreml.ends import ImageEnd, check_classifier, image_input
+from flowexport.targets.coreml.names import shorten, table
 from flowexport.targets.coreml.options import PRECISIONS, CoreMLOptions
 from flowexport.targets.coreml.part import FLOAT_PARTS, Part, computed
 from flowexport.targets.coreml.places import require_kept
@@ -194,6 +195,7 @@ class CoreMLTarget:
                 )
                 details["kept_fp32"] = {**details.get("kept_fp32", {}), name: kept}
         state = {n: dict(f.state) for n, f in program.functions.items() if f.state}
+        renamed = shorten(spec)
         describe(
             spec,
             main,
@@ -207,7 +209,7 @@ class CoreMLTarget:
                 "form": form,
                 "recipe_sha256": program.recipe_sha256,
                 "toolchain": toolchain,
-                "modules": _by_module({n: p.written.paths for n, p in made.items()}),
+                "places": table({n: p.written.paths for n, p in made.items()}, renamed),
                 **({"state": state} if state else {}),
             },
         )
@@ -318,16 +320,6 @@ def _described(spec: TensorSpec, largest: Mapping[str, int], kind: str) -> Tenso
 
 def _tell(done: int, total: int) -> None:
     print(f"step {done} of {total} with the state inside", flush=True)
-
-
-def _by_module(functions: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:
-    """Return by function and module path the names of the results that came from it."""
-    table: dict[str, dict[str, list[str]]] = {}
-    for function, paths in functions.items():
-        table[function] = {}
-        for name, path in paths.items():
-            table[function].setdefault(path, []).append(name)
-    return table
 
 
 def _listed(specs: Sequence[TensorSpec]) -> str:
