@@ -74,7 +74,8 @@ def _numbered(letter: str, taken: set[str]) -> Iterator[str]:
 
 def _rename(block: Any, names: Mapping[str, str]) -> None:
     """Write the new names; of constants that share one, the first stays."""
-    kept, there = [], set()
+    kept: list[Any] = []
+    there: set[str] = set()
     for op in block.operations:
         for argument in op.inputs.values():
             for binding in argument.arguments:

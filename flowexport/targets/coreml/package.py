@@ -26,7 +26,7 @@ MANIFEST_FILE = "Manifest.json"
 PREFIX = "flowexport."
 
 # coremltools.libmilstoragepython: 64-byte records {sentinel, dtype, bytes, offset}.
-_BLOB = struct.Struct("<IIQQ")
+BLOB = struct.Struct("<IIQQ")
 _SENTINEL = 0xDEADBEEF
 MIL_FLOAT16 = 10  # MIL.proto: DataType.FLOAT16
 _NUMPY = {1: "?", 10: "<f2", 11: "<f4", 12: "<f8", 21: "<i1", 22: "<i2", 23: "<i4", 24: "<i8",
@@ -176,7 +176,7 @@ def _array(value: Any, weights: bytes) -> np.ndarray | None:
     """Return a tensor value flat; None for texts and lists."""
     dtype = np.dtype(_NUMPY.get(value.type.tensorType.dataType, np.uint8))
     if value.WhichOneof("value") == "blobFileValue":
-        _, _, length, start = _BLOB.unpack_from(weights, value.blobFileValue.offset)
+        _, _, length, start = BLOB.unpack_from(weights, value.blobFileValue.offset)
         return np.frombuffer(weights, np.uint8, length, start).view(dtype)
     tensor = value.immediateValue.tensor
     kind = tensor.WhichOneof("value")
@@ -278,9 +278,9 @@ def _check_weights(path: Path, spec: Any) -> None:
     with file.open("rb") as stream:
         for name, offset in blobs:
             stream.seek(offset)
-            record = stream.read(_BLOB.size)
+            record = stream.read(BLOB.size)
             sentinel, _, length, start = (
-                _BLOB.unpack(record) if len(record) == _BLOB.size else (0, 0, 0, 0)
+                BLOB.unpack(record) if len(record) == BLOB.size else (0, 0, 0, 0)
             )
             if sentinel != _SENTINEL or start + length > size:
                 raise InputError(

@@ -35,6 +35,7 @@ from flowexport.lowering import (
 from flowexport.lowering.artifact import finished
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
+from flowexport.targets.coreml.blobs import pack
 from flowexport.targets.coreml.convert import (
     check_flexible,
     join_packages,
@@ -195,6 +196,7 @@ class CoreMLTarget:
                 )
                 details["kept_fp32"] = {**details.get("kept_fp32", {}), name: kept}
         state = {n: dict(f.state) for n, f in program.functions.items() if f.state}
+        pack(path, spec)
         renamed = shorten(spec)
         describe(
             spec,
