@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zipfile import is_zipfile
 
 import numpy as np
 
 from flowexport.core.errors import InputError
+from flowexport.core.ranges import PROBE
 from flowexport.core.types import Dataset, Precision, TensorSpec
 from flowexport.recipes import Recipe
 from flowexport.registry import DATASETS
@@ -96,11 +97,25 @@ def samples_sha256(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def write_samples(dataset: Dataset, path: Path) -> None:
-    """Write samples for a converter's child process, which reads them in lowering."""
+def write_samples(
+    dataset: Dataset,
+    path: Path,
+    probes: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]] | None = None,
+) -> None:
+    """Write samples for a converter's child process, which reads them in lowering.
+
+    Args:
+        probes: function (the main one: empty) -> case to be verified -> input -> array: the
+            converter tells how far each goes beyond the samples' ranges.
+    """
     from safetensors.numpy import save_file
 
-    save_file(dict(dataset.inputs), path, {"name": dataset.name})
+    tensors = dict(dataset.inputs)
+    for function, cases in (probes or {}).items():
+        for case, feeds in cases.items():
+            for name, values in feeds.items():
+                tensors[f"{PROBE}/{function}/{case}/{name}"] = np.ascontiguousarray(values)
+    save_file(tensors, path, {"name": dataset.name})
 
 
 def read_arrays(path: Path, where: str, fix: str) -> dict[str, np.ndarray]:

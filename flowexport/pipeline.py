@@ -36,7 +36,7 @@ from flowexport.plan import Plan, check_points, make_plan
 from flowexport.process import Conversion, convert_in_child
 from flowexport.progress import SILENT, Progress
 from flowexport.recipes import Recipe
-from flowexport.references import write_references
+from flowexport.references import probes, write_references
 from flowexport.registry import TARGETS
 
 if TYPE_CHECKING:
@@ -342,7 +342,7 @@ def _convert_all(
     samples = None
     if plan.subject.calibration is not None:
         samples = work / "calibration.safetensors"
-        write_samples(plan.subject.calibration, samples)
+        write_samples(plan.subject.calibration, samples, probes(plan, root))
     for name, options in plan.options.items():
         progress.stage(f"convert {name} {options.precision.value}")
         computed = float_precision(TARGETS.get(name), options.precision)

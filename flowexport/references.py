@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flowexport.core.pixels import round_feeds
 from flowexport.core.types import Dataset, TensorSpec
 from flowexport.plan import Plan
 from flowexport.progress import Progress
+
+PROBED = 32
+"""Samples of the evaluation set that are held against calibrated ranges."""
 
 
 def _cases(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -43,6 +48,32 @@ def _of_shape(dataset: Dataset | None, specs: Sequence[TensorSpec]) -> Dataset |
         return None
     fits = all(dataset.inputs[s.name].shape[1:] == s.shape[1:] for s in specs)
     return dataset if fits else None
+
+
+def probes(plan: Plan, root: Path) -> dict[str, dict[str, Mapping[str, np.ndarray]]]:
+    """Return the saved cases that a calibrated file's ranges are held against.
+
+    Returns:
+        Function (the main one: empty) -> case, as verification names it -> input -> array. Of
+        the evaluation set some samples, spread over its classes.
+    """
+    from flowexport import parity
+    from flowexport.calibration import spread
+    from flowexport.core.reports import EVALUATION_PREFIX
+
+    subject = plan.subject
+    key, dataset = subject.recipe_sha256, subject.dataset
+    golden = parity.read_golden(root / "golden", subject=key)
+    found = {"": dict(golden.cases)}
+    if dataset is not None:
+        some = spread(dataset.targets, PROBED)
+        feeds = {s.name: dataset.inputs[s.name][some] for s in subject.spec.inputs}
+        found[""][f"{EVALUATION_PREFIX}{dataset.name}"] = feeds
+    lengths = None if subject.buckets is None else list(subject.buckets)
+    for bucket in parity.read_buckets(root, lengths, None, subject=key) if lengths else ():
+        cases = bucket.golden.cases.items()
+        found[bucket.function] = {f"{bucket.function}/{case}": dict(f) for case, f in cases}
+    return found
 
 
 def write_references(plan: Plan, root: Path, progress: Progress) -> None:

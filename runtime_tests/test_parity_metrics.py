@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flowexport.core.errors import RecipeError, UnknownNameError
-from flowexport.core.reports import CaseResult, Tolerance
+from flowexport.core.ranges import Clipping
+from flowexport.core.reports import CaseResult, ParityReport, Tolerance
 from flowexport.core.stored import changed, stored
+from flowexport.core.types import Verdict
 from flowexport.parity import compare
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(2, 6))
@@ -181,18 +183,65 @@ def test_tolerance_round_trip() -> None:
     assert Tolerance.from_json(json.loads(json.dumps(limits.to_json()))) == limits
 
 
-def test_calibrated_ranges_clip_the_large_case_alone() -> None:
-    limits = Tolerance(max_rel=0.1, reason="test", min_cosine=0.99, max_rel_clipped=0.6)
-    far = CaseResult("large", "y", max_abs=0.4, max_rel=0.4, cosine=0.9, peak=1.0)
-    assert far.violation(limits) is None
-    assert replace(far, case="forward_16/large").violation(limits) is None
-    assert "expected <= 0.1" in str(replace(far, case="random-0").violation(limits))
-    assert "expected <= 0.6" in str(replace(far, max_rel=0.7).violation(limits))
-    assert "not finite" in str(replace(far, problem="not finite").violation(limits))
-    without = replace(limits, max_rel_clipped=None)
-    assert "expected <= 0.1" in str(far.violation(without))
-    assert "max_rel_clipped" not in without.to_json()
-    assert Tolerance.from_json(limits.to_json()) == limits
+FAR = CaseResult("large", "y", max_abs=0.9, max_rel=0.9, cosine=0.2, peak=1.0, rows=1,
+                 clipped=0.8, layer="l.2 input", stretch=12.0)  # fmt: skip
+
+
+def test_a_drawn_case_outside_the_calibrated_ranges_is_not_judged() -> None:
+    limits = Tolerance(max_rel=0.3, reason="test", min_cosine=0.99)
+    assert FAR.violation(limits) is None
+    told = FAR.to_json(limits)
+    assert told["verdict"] == "OUTSIDE" and told["max_rel"] == 0.9
+    assert "l.2 input clips 80 % of the values" in told["reason"]
+    assert "12 times its calibrated range" in told["reason"]
+    assert CaseResult.from_json(json.loads(json.dumps(told))) == FAR
+    # Inside, or of a file without ranges: judged as any other. What is not finite fails everywhere.
+    for inside in (replace(FAR, clipped=0.3), replace(FAR, clipped=None)):
+        assert inside.to_json(limits)["verdict"] == "FAIL"
+    assert "not finite" in str(replace(FAR, problem="not finite").violation(limits))
+
+
+def test_real_samples_outside_the_calibrated_ranges_fail() -> None:
+    limits = Tolerance(max_rel=0.3, reason="test")
+    good = replace(FAR, max_abs=0.0, max_rel=0.0, cosine=1.0, top1_matches=1)
+    for case in ("sample-4", "forward_16/sample-4", "evaluation/set", "f/evaluation/set"):
+        reason = str(replace(good, case=case).violation(limits))
+        assert "expected at most 30 % of real samples" in reason
+        assert replace(good, case=case, clipped=0.29).violation(limits) is None
+
+
+def test_too_few_cases_inside_the_calibrated_ranges_fail() -> None:
+    limits = Tolerance(max_rel=0.3, reason="test", min_top1_agreement=1.0)
+    inside = CaseResult("sample-1", "y", max_abs=0.1, max_rel=0.1, cosine=1.0, peak=1.0, rows=1,
+                        top1_matches=1, clipped=0.0, layer="l.2 input", stretch=1.0)  # fmt: skip
+    cases = (FAR, inside, replace(inside, case="zeros"))
+
+    def report(*cases: CaseResult) -> ParityReport:
+        expected = tuple((c.case, c.output) for c in cases)
+        return ParityReport("x", "0", "0", limits, "r", expected, cases, runtime={})
+
+    few = report(*cases)
+    assert few.verdict is Verdict.FAIL
+    assert few.problems == (
+        "2 of 3 cases lie inside the calibrated ranges; expected at least 3 to judge",
+    )
+    enough = report(*cases, replace(inside, case="random-0"))
+    assert enough.verdict is Verdict.PASS and enough.max_rel == 0.1 and enough.top1_agreement == 1
+    assert enough.summary()["outside"] == ["large"]
+    assert ParityReport.from_json(json.loads(json.dumps(enough.to_json()))) == enough
+
+
+def test_clipping_tells_the_range_that_takes_most() -> None:
+    clipping = Clipping({"a": (-1.0, 1.0), "b": (0.0, 6.0), "flat": (0.0, 0.0)})
+    assert clipping.worst() == {}
+    clipping.look("a", np.array([0.5, -1.0], np.float32))
+    assert clipping.worst() == {"layer": "a", "clipped": 0.0, "stretch": 1.0}
+    clipping.look("b", np.array([9.0, 0.0]))
+    clipping.look("b", np.array([-3.0, 3.0]))
+    # 3 and -3 are lost of 9, -3 and 3; [-3, 9] is twice as wide as [0, 6].
+    assert clipping.worst() == {"layer": "b", "clipped": round(np.sqrt(18 / 99), 6), "stretch": 2.0}
+    clipping.look("flat", np.array([np.nan, 1.0]))
+    assert clipping.worst() == {"layer": "flat", "clipped": 1.0, "stretch": 1e9}
 
 
 # Numbers of stored constants.

@@ -15,8 +15,10 @@ from typing import Any
 from flowexport.core.errors import RecipeError, UnknownNameError
 from flowexport.core.types import Verdict
 
-LARGE_CASE = "large"
-"""The golden case whose inputs are several times as large as any sample."""
+OUTSIDE = "OUTSIDE"
+"""What a case is told as that was run but not judged; neither PASS nor FAIL."""
+REAL_SAMPLE, REAL_SET = "sample-", "evaluation"
+"""What the names of cases begin with whose inputs are real samples."""
 
 
 def finite(value: float | None) -> float | None:
@@ -36,8 +38,6 @@ class Tolerance:
         min_top1_agreement: share (0..1) of all rows whose arg max is the reference's.
         max_accuracy_drop: points (0..100) of accuracy that may be lost on the evaluation set.
         min_prediction_agreement: share (0..1) of evaluation samples predicted as the reference.
-        max_rel_clipped: ``max_rel`` of the ``large`` case alone, of a file whose calibrated
-            ranges clip inputs that size; cosine and SQNR are not judged there then.
     """
 
     max_rel: float
@@ -47,7 +47,6 @@ class Tolerance:
     min_top1_agreement: float | None = None
     max_accuracy_drop: float | None = None
     min_prediction_agreement: float | None = None
-    max_rel_clipped: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.reason, str) or not self.reason.strip():
@@ -59,7 +58,6 @@ class Tolerance:
             "min_top1_agreement": (0.0, 1.0),
             "max_accuracy_drop": (0.0, 100.0),
             "min_prediction_agreement": (0.0, 1.0),
-            "max_rel_clipped": (0.0, 1.0),
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
@@ -83,21 +81,8 @@ class Tolerance:
                 raise RecipeError(f"tolerance: {key} is missing; expected max_rel and reason.")
         return cls(**data)
 
-    def clips(self, case: str) -> bool:
-        """Return whether a case's inputs are outside the ranges that the file was calibrated on."""
-        return self.max_rel_clipped is not None and case.rsplit("/", 1)[-1] == LARGE_CASE
-
-    def rel_limit(self, case: str) -> float:
-        """Return the largest ``max_rel`` that a case may have."""
-        if self.max_rel_clipped is not None and self.clips(case):
-            return self.max_rel_clipped
-        return self.max_rel
-
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
-        if self.max_rel_clipped is None:
-            del data["max_rel_clipped"]
-        return data
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -117,6 +102,10 @@ class CaseResult:
         peak: largest ``|r|``, so that ``max_abs`` can be read.
         limit: ``max_rel`` that a float32 file may have here, from PyTorch's own error, or
             None; see ``flowexport.parity.noise``.
+        clipped: of a file with calibrated ranges, ``|x - clip(x)|_2 / |x|_2`` of the float
+            model's values x at the layer that clips most, 0..1; None elsewhere.
+        layer: which that is, ``<layer> input`` or ``output``.
+        stretch: how many times wider its range had to be to hold the values.
     """
 
     case: str
@@ -132,6 +121,33 @@ class CaseResult:
     peak: float | None = None
     problem: str | None = None
     limit: float | None = None
+    clipped: float | None = None
+    layer: str | None = None
+    stretch: float | None = None
+
+    @property
+    def real(self) -> bool:
+        """Whether the inputs are samples of a data set, not drawn."""
+        parts = self.case.split("/")
+        return any(p == REAL_SET or p.startswith(REAL_SAMPLE) for p in parts)
+
+    def outside(self, tolerance: Tolerance) -> bool:
+        """Whether a drawn case is so far outside the calibrated ranges that it is not judged.
+
+        A statically quantised file clips there by its nature. Where that alone takes more of a
+        layer's values than the tolerance allows of the outputs, it says nothing of the file.
+        """
+        return not self.real and self._clips(tolerance)
+
+    def _clips(self, tolerance: Tolerance) -> bool:
+        return self.clipped is not None and not self.clipped <= tolerance.max_rel
+
+    def _range(self) -> str:
+        share = "a share" if self.clipped is None else f"{100 * self.clipped:.0f} %"
+        return (
+            f"{self.layer} clips {share} of the values, which need {_show(self.stretch)} times its"
+            " calibrated range"
+        )
 
     @property
     def top1_agreement(self) -> float | None:
@@ -142,15 +158,21 @@ class CaseResult:
         where = f"{self.case}: {self.output}"
         if self.problem is not None:
             return f"{where} {self.problem}"
-        most = tolerance.rel_limit(self.case)
-        if self.max_rel is None or not self.max_rel <= most:
-            return f"{where} has max_rel {_show(self.max_rel)}; expected <= {most:g}"
+        if self.outside(tolerance):
+            return None
+        if self._clips(tolerance):
+            return (
+                f"{self.case}: {self._range()}; expected at most {100 * tolerance.max_rel:g} % of"
+                " real samples"
+            )
+        if self.max_rel is None or not self.max_rel <= tolerance.max_rel:
+            return f"{where} has max_rel {_show(self.max_rel)}; expected <= {tolerance.max_rel:g}"
         if self.limit is not None and self.max_rel > self.limit:
             return (
                 f"{where} has max_rel {_show(self.max_rel)}; expected <= {self.limit:.2g}, a"
                 " multiple of PyTorch's own float32 error"
             )
-        if tolerance.clips(self.case) or self.exact or not self.peak:
+        if self.exact or not self.peak:
             return None  # cosine and SQNR say nothing here
         limits = (
             ("cosine", self.cosine, tolerance.min_cosine),
@@ -169,12 +191,18 @@ class CaseResult:
         data["top1_agreement"] = self.top1_agreement
         data["verdict"] = (Verdict.FAIL if violation else Verdict.PASS).value
         data["reason"] = violation
+        if violation is None and self.outside(tolerance):
+            data["verdict"] = OUTSIDE
+            data["reason"] = f"not judged: {self._range()}"
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CaseResult:
-        limit = data.get("limit")
-        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name != "limit"}, limit=limit)
+        later = ("limit", "clipped", "layer", "stretch")
+        values: dict[str, Any] = {
+            f.name: data.get(f.name) if f.name in later else data[f.name] for f in fields(cls)
+        }
+        return cls(**values)
 
 
 @dataclass(frozen=True)

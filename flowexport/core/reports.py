@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.findings import (
+    REAL_SET,
     AccuracyResult,
     BucketResult,
     CaseResult,
@@ -40,8 +41,10 @@ __all__ = [
     "verdict_of",
 ]
 
-EVALUATION_PREFIX = "evaluation/"
+EVALUATION_PREFIX = f"{REAL_SET}/"
 """Name prefix of the case that compares the outputs of the whole evaluation set."""
+LEAST_JUDGED = 3
+"""Cases that have to lie inside a file's calibrated ranges, where some do not."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,16 @@ class ParityReport:
     buckets: tuple[BucketResult, ...] = ()
 
     @property
+    def judged(self) -> tuple[CaseResult, ...]:
+        """The cases but those that lie outside the calibrated ranges."""
+        return tuple(c for c in self.cases if not c.outside(self.tolerance))
+
+    @property
+    def outside(self) -> tuple[CaseResult, ...]:
+        """The cases that were run but not judged: outside the calibrated ranges."""
+        return tuple(c for c in self.cases if c.outside(self.tolerance))
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """Everything that stands between this artifact and PASS, the gravest first."""
         if self.not_run is not None:
@@ -110,6 +123,12 @@ class ParityReport:
         broken = [c for c in self.cases if c.violation(self.tolerance)]
         broken.sort(key=lambda c: (c.problem is None, -(c.max_rel or 0.0)))
         found += [str(c.violation(self.tolerance)) for c in broken]
+        inside = {c.case for c in self.judged}
+        if self.outside and len(inside) < LEAST_JUDGED:
+            found.append(
+                f"{len(inside)} of {len({c.case for c in self.cases})} cases lie inside the"
+                f" calibrated ranges; expected at least {LEAST_JUDGED} to judge"
+            )
         low, share = self.tolerance.min_top1_agreement, self.top1_agreement
         if low is not None and share is not None and not share >= low:
             found.append(f"top-1 agreement is {share:.4f}; expected >= {low:g}")
@@ -156,7 +175,7 @@ class ParityReport:
         return "; ".join(problems[:2]) + (f"; and {rest} more" if rest > 0 else "") + "."
 
     def _worst(self, name: str, pick: Any) -> float | None:
-        values = [finite(getattr(c, name)) for c in self.cases]
+        values = [finite(getattr(c, name)) for c in self.judged]
         known = [v for v in values if v is not None]
         return pick(known) if known else None
 
@@ -178,9 +197,9 @@ class ParityReport:
 
     @property
     def top1_agreement(self) -> float | None:
-        """Share of all rows of class scores, over all cases, whose arg max agrees."""
-        rows = sum(c.rows for c in self.cases)
-        return sum(c.top1_matches for c in self.cases) / rows if rows else None
+        """Share of all rows of class scores, over all judged cases, whose arg max agrees."""
+        rows = sum(c.rows for c in self.judged)
+        return sum(c.top1_matches for c in self.judged) / rows if rows else None
 
     @property
     def runtime_label(self) -> str | None:
@@ -203,6 +222,7 @@ class ParityReport:
             "sqnr_db": self.sqnr_db,
             "top1_agreement": self.top1_agreement,
             "accuracy": None if self.accuracy is None else self.accuracy.accuracy,
+            "outside": [c.case for c in self.outside],
             "reason": self.reason,
             "fix": self.fix,
         }

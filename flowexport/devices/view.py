@@ -139,7 +139,7 @@ def _errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row, limit in zip(ran, limits, strict=True):
         cases = row["agreement"]["cases"]
         marks = [
-            (c["max_rel"], c["verdict"] == "PASS", f"{c['case']}: {number(c['max_rel'])}")
+            (c["max_rel"], svg.KINDS[c["verdict"]], f"{c['case']}: {number(c['max_rel'])}")
             for c in cases
             if c["max_rel"] is not None
         ]

@@ -6,8 +6,8 @@ their quotients) is no weighted layer and stays in floating point always.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.errors import ConversionError
+from flowexport.core.ranges import PROBE
 from flowexport.core.types import Precision, TensorSpec
 from flowexport.lowering.layers import Layer
 
@@ -60,12 +61,15 @@ class Quantisation:
         found: module path -> what the finished file does there.
         calibration: name and number of the samples, or None.
         half: number of constants beside the layers that are stored in half, and bytes saved.
+        clipping: case to be verified -> what the calibrated ranges clip of it (see
+            :meth:`flowexport.core.ranges.Clipping.worst`); empty where nothing was calibrated.
     """
 
     decisions: tuple[Decision, ...]
     found: Mapping[str, str]
     calibration: Mapping[str, Any] | None = None
     half: Mapping[str, int] | None = None
+    clipping: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -159,6 +163,33 @@ def read_samples(path: Path, inputs: Sequence[TensorSpec]) -> tuple[str, Mapping
     with safe_open(path, "numpy") as file:
         name = str((file.metadata() or {}).get("name", path.stem))
         return name, {s.name: _beginning(file.get_tensor(s.name), s) for s in inputs}
+
+
+def read_probes(path: Path, function: str = "") -> dict[str, dict[str, np.ndarray]]:
+    """Return the cases that a function will be verified on: case -> input -> array.
+
+    Args:
+        path: written by :func:`flowexport.calibration.write_samples`.
+        function: one more length's; the main one's where empty.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with safe_open(path, "numpy") as file:
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            if not key.startswith(f"{PROBE}/"):
+                continue
+            _, owner, rest = key.split("/", 2)
+            case, name = rest.rsplit("/", 1)
+            if owner == function:
+                found.setdefault(case, {})[name] = file.get_tensor(key)
+    return found
+
+
+def rows(feeds: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Yield samples one by one, as feeds of batch 1."""
+    for i in range(len(next(iter(feeds.values())))):
+        yield {name: np.ascontiguousarray(values[i : i + 1]) for name, values in feeds.items()}
 
 
 def _beginning(values: np.ndarray, spec: TensorSpec) -> np.ndarray:

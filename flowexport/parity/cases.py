@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flowexport.core.errors import InputError
-from flowexport.core.findings import LARGE_CASE
+from flowexport.core.findings import REAL_SAMPLE
 from flowexport.core.types import Dataset, TensorSpec
 
 RANDOM_CASES = 3
@@ -50,12 +50,12 @@ def make_cases(
         lengths = "full" if i == 0 else "random"
         cases[f"random-{i}"] = {s.name: _draw(s, rng, 1.0, lengths, dataset) for s in inputs}
     cases["zeros"] = {s.name: _draw(s, rng, 0.0, "full", dataset) for s in inputs}
-    cases[LARGE_CASE] = {s.name: _draw(s, rng, LARGE, "full", dataset) for s in inputs}
+    cases["large"] = {s.name: _draw(s, rng, LARGE, "full", dataset) for s in inputs}
     if any(is_mask(s) for s in inputs):
         cases["one-step"] = {s.name: _draw(s, rng, 1.0, "one", dataset) for s in inputs}
     if dataset is not None:
         for i in _spread(dataset.targets, REAL_CASES):
-            cases[f"sample-{i}"] = {s.name: dataset.inputs[s.name][i : i + 1] for s in inputs}
+            cases[f"{REAL_SAMPLE}{i}"] = {s.name: dataset.inputs[s.name][i : i + 1] for s in inputs}
     if all(s.shape and isinstance(s.shape[0], str) for s in inputs):
         cases[f"batch-{BATCH}"] = {
             s.name: _draw(s, rng, 1.0, "random", dataset, batch=BATCH) for s in inputs

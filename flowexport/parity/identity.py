@@ -18,6 +18,7 @@ RECORDED = (
     "profiles",
     "compute_capabilities",
     "weights",
+    "ranges",
 )
 """Facts of a finished file that a target writes into ``Artifact.details`` and ``inspect`` reads."""
 

@@ -240,7 +240,8 @@ class _Run:
                     noise = evaluation.noise
                 result = compare(case, name, outputs[name], reference, dtype=dtypes[name])
                 most = limit(noise, self.artifact.precision)
-                self.results.append(replace(result, limit=most))
+                told = self.artifact.details.get("clipping", {}).get(case, {})
+                self.results.append(replace(result, limit=most, **told))
 
 
 def count_predictions(

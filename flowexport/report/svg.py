@@ -13,6 +13,9 @@ from html import escape
 
 import numpy as np
 
+from flowexport.core.findings import OUTSIDE
+from flowexport.core.types import Verdict
+
 MAX_MARKS = 400
 """Raw samples drawn in a strip; beyond that evenly chosen ranks, first and last included."""
 
@@ -96,17 +99,21 @@ def axis_row(axis: Axis, unit: str = "") -> str:
     return _row("".join(labels), 18, label)
 
 
-def dots(axis: Axis, marks: Sequence[tuple[float, bool, str]], limit: float, label: str) -> str:
+KINDS = {Verdict.PASS.value: "good", Verdict.FAIL.value: "bad", OUTSIDE: "open"}
+"""How the dot of a comparison looks, by its verdict."""
+
+
+def dots(axis: Axis, marks: Sequence[tuple[float, str, str]], limit: float, label: str) -> str:
     """Return dots of errors against a tolerance.
 
     Args:
-        marks: (error, within the tolerance, what it is) each; 0 stands at the left end.
+        marks: (error, ``good``, ``bad`` or ``open``, what it is) each; 0 stands at the left end.
     """
     edge = axis.at(limit)
     body = f'<rect class="allowed" x="0" y="0" width="{edge}%" height="100%"/>' + grid(axis)
     body += f'<line class="limit" x1="{edge}%" x2="{edge}%" y1="0" y2="100%"/>'
-    for value, good, title in marks:
-        kind = "dot" if good else "dot bad"
+    for value, state, title in marks:
+        kind = "dot" if state == "good" else f"dot {state}"
         body += (
             f'<circle class="{kind}" cx="{axis.at(value)}%" cy="50%" r="4.5">'
             f"<title>{escape(title)}</title></circle>"

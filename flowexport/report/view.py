@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowexport.core.findings import LARGE_CASE
+from flowexport.core.findings import OUTSIDE
 from flowexport.report import svg
 from flowexport.report.format import number, percent, size
 from flowexport.report.lengths import lengths
@@ -139,21 +139,20 @@ def _cases(
 ) -> list[dict[str, Any]]:
     """Return the comparisons, failed ones first, then the largest error first."""
     axis = _axis(cases, tolerance)
-    order = sorted(cases, key=lambda c: (c["verdict"] == "PASS", -(c["max_rel"] or 0.0)))
+    order = sorted(
+        cases, key=lambda c: (c["verdict"] != "FAIL", c["verdict"] == OUTSIDE, -(c["max_rel"] or 0))
+    )
+    limit = float(tolerance.get("max_rel", 0.0))
     rows = []
     for case in order:
         error = case["max_rel"]
-        clipped = tolerance.get("max_rel_clipped") if _is_large(case["case"]) else None
-        limit = float(clipped or tolerance.get("max_rel", 0.0))
         text = f"max rel {number(error)}, tolerance {number(limit)}"
-        mark = [] if error is None else [(error, case["verdict"] == "PASS", text)]
+        if case["verdict"] == OUTSIDE:
+            text = f"max rel {number(error)}, outside the calibrated ranges, not judged"
+        mark = [] if error is None else [(error, svg.KINDS[case["verdict"]], text)]
         label = f"{case['case']} {case['output']}: {text}"
         rows.append({**case, "svg": svg.dots(axis, mark, limit, label)})
     return rows
-
-
-def _is_large(case: str) -> bool:
-    return case.rsplit("/", 1)[-1] == LARGE_CASE
 
 
 def _limits(tolerance: Mapping[str, Any]) -> list[str]:
@@ -164,7 +163,6 @@ def _limits(tolerance: Mapping[str, Any]) -> list[str]:
         "min_top1_agreement": "top-1 agreement ≥ {}",
         "max_accuracy_drop": "accuracy drop ≤ {} points",
         "min_prediction_agreement": "same predictions ≥ {}",
-        "max_rel_clipped": "max rel ≤ {} where calibrated ranges clip the large case",
     }
     return [
         text.format(f"{tolerance[key]:g}")
@@ -181,13 +179,15 @@ def _errors(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for t in ran:
         marks = [
-            (c["max_rel"], c["verdict"] == "PASS", f"{c['case']}: {number(c['max_rel'])}")
+            (c["max_rel"], svg.KINDS[c["verdict"]], f"{c['case']}: {number(c['max_rel'])}")
             for c in t["cases"]
             if c["max_rel"] is not None
         ]
         unmeasured = sum(c["max_rel"] is None for c in t["cases"])
         worst = number(t["parity"]["max_rel"])
+        outside = sum(c["verdict"] == OUTSIDE for c in t["cases"])
         note = f"{len(t['cases'])} compared" + (f", {unmeasured} unusable" if unmeasured else "")
+        note += f", {outside} outside the calibrated ranges" if outside else ""
         label = f"{t['name']}: worst {worst}, tolerance {number(t['tolerance']['max_rel'])}"
         rows.append(
             {

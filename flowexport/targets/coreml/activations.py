@@ -7,7 +7,7 @@ interpreter, which runs the float16 package on the calibration samples.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.errors import ConversionError, InputError
+from flowexport.core.ranges import Clipping, Span
 from flowexport.core.types import Options
 from flowexport.lowering import LoweredProgram
-from flowexport.lowering.quantisation import read_samples
+from flowexport.lowering.quantisation import read_probes, read_samples, rows
+from flowexport.targets.coreml import package
 from flowexport.targets.coreml.ends import ImageEnd
 
 TAKEN = ("linear", "conv")
@@ -35,10 +37,12 @@ _PREFIX, _TWICE = (
 def quantise_activations(
     model: Any,
     operators: Mapping[str, str],
+    layers: Mapping[str, str],
     program: LoweredProgram,
     options: Options,
     image: ImageEnd | None,
-) -> tuple[Any, dict[str, Any]]:
+    function: str = "",
+) -> tuple[Any, dict[str, Any], dict[str, dict[str, Any]]]:
     """Put ``quantize`` and ``dequantize`` before operators: int8, symmetric, a scale a tensor.
 
     Their results stay in floating point. Whether a device multiplies in integers is its own
@@ -47,12 +51,15 @@ def quantise_activations(
     Args:
         model: ``MLModel`` of an ML Program for iOS 17 or later, its weights not compressed.
         operators: name of the operator -> name of the value that it reads.
+        layers: name of the operator -> the layer that it is, for what is told.
         program: what the model was converted from: its inputs' shapes.
         options: the calibration samples' file.
         image: the input that is an image, or None.
+        function: whose program it is; the main one's where empty.
 
     Returns:
-        The model, and name and number of the samples.
+        The model, name and number of the samples, and what its ranges clip of each case to be
+        verified (see ``flowexport.core.ranges.Clipping``).
 
     Raises:
         ConversionError: there are no samples, or a range is not finite or past float16.
@@ -73,6 +80,12 @@ def quantise_activations(
         path = Path(folder) / f"{program.model}.mlpackage"
         model.save(str(path))
         peaks = measure_peaks(path, set(operators.values()), _feeds(samples, image), where)
+        read = {f"{layers[name]} input": value for name, value in operators.items()}
+        cases = {
+            case: _feeds(feeds, image)
+            for case, feeds in read_probes(options.calibration, function).items()
+        }
+        clipping = clip(path, cases, read, {end: (-peaks[v], peaks[v]) for end, v in read.items()})
     rule = cto.OpLinearQuantizerConfig(mode="linear_symmetric")
     config = cto.OptimizationConfig(op_name_configs=dict.fromkeys(operators, rule))
     stats = {name: {"rmin": -peak, "rmax": peak} for name, peak in peaks.items()}
@@ -80,7 +93,8 @@ def quantise_activations(
     insert.set_options([PassOption("config", config), PassOption("activation_stats", stats)])
     # Layers that read the same value share one pair.
     result = _apply_graph_pass(model, [insert, PASS_REGISTRY[_TWICE]])
-    return result, {"dataset": dataset, "samples": len(next(iter(samples.values())))}
+    told = {"dataset": dataset, "samples": len(next(iter(samples.values())))}
+    return result, told, clipping
 
 
 def measure_peaks(
@@ -117,12 +131,9 @@ def measure_peaks(
             peaks[name] = float(np.maximum(peaks[name], np.abs(values).max()))
             seen.add(name)
 
-    for i in range(len(next(iter(feeds.values())))):
-        one = {name: values[i : i + 1] for name, values in feeds.items()}
-        for name, values in one.items():
+    for one in rows(feeds):
+        for name, values in _values(interpreter, one):
             look(name, values)
-        for value in interpreter.run_with_values(one):
-            look(value.output_name, value.array)
     for name in sorted(peaks):
         if name not in seen or not peaks[name] <= LARGEST_PEAK:
             found = f"reaches {peaks[name]:g}" if name in seen else "is no value of the package"
@@ -132,6 +143,74 @@ def measure_peaks(
                 fix="keep_float with that layer, or --precision int8-weights",
             )
     return {name: max(peak, SMALLEST_PEAK) for name, peak in peaks.items()}
+
+
+def clip(
+    path: Path,
+    cases: Mapping[str, Mapping[str, np.ndarray]],
+    read: Mapping[str, str],
+    held: Mapping[str, Span],
+) -> dict[str, dict[str, Any]]:
+    """Return what ranges clip of each case; see ``flowexport.core.ranges.Clipping.worst``.
+
+    Args:
+        path: as for :func:`measure_peaks`.
+        cases: case -> input -> array, as the package takes them.
+        read: ``<layer> input`` -> name of the value.
+        held: by ``<layer> input``.
+    """
+    from flowexport.targets.coreml.interpreter import Interpreter, Mode
+
+    if not cases:
+        return {}
+    interpreter = Interpreter(path, mode=Mode.FP16)
+    ends: dict[str, list[str]] = {}
+    for end, name in read.items():
+        ends.setdefault(name, []).append(end)
+    found = {}
+    for case, feeds in cases.items():
+        clipping = Clipping(held)
+        for one in rows(feeds):
+            for name, values in _values(interpreter, one):
+                for end in ends.get(name, ()):
+                    clipping.look(end, values)
+        found[case] = clipping.worst()
+    return found
+
+
+def ranges(path: Path, spec: Any) -> dict[str, Span]:
+    """Return what the int8 activations of a finished package hold, by ``<layer> input``."""
+    values = package.constants(path, spec)
+    several = len(spec.mlProgram.functions) > 1
+    found: dict[str, Span] = {}
+    for function in sorted(spec.mlProgram.functions):
+        made = {op.outputs[0].name: op for op in package.walk(spec.mlProgram.functions[function])}
+        paths = package.module_paths(spec, function)
+        prefix = f"{function}/" if several else ""
+        for name, op in made.items():
+            back = made.get(op.inputs["x"].arguments[0].name) if op.type in TAKEN else None
+            if back is None or back.type != "dequantize":
+                continue
+            there = made.get(back.inputs["input"].arguments[0].name)
+            if there is None or there.type != "quantize":
+                continue
+            scale = there.inputs["scale"].arguments[0]
+            step = package.array(scale.value) if not scale.name else None
+            if step is None:
+                step = values[f"{function}/{scale.name} val"]
+            peak = STEPS * float(step.ravel()[0])
+            end = f"{prefix}{paths.get(name, name)} input"
+            # Parts of one layer read the same value, or each has a range.
+            low, high = found.get(end, (-peak, peak))
+            found[end] = (min(low, -peak), max(high, peak))
+    return found
+
+
+def _values(interpreter: Any, feeds: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield name and array of the inputs and of every value of a run."""
+    yield from feeds.items()
+    for value in interpreter.run_with_values(feeds):
+        yield value.output_name, value.array
 
 
 def _feeds(samples: Mapping[str, np.ndarray], image: ImageEnd | None) -> dict[str, np.ndarray]:

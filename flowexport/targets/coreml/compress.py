@@ -45,6 +45,7 @@ def compress(
     options: Options,
     group: int | None = None,
     image: ImageEnd | None = None,
+    function: str = "",
 ) -> tuple[Any, Quantisation]:
     """Compress the weights of a converted model.
 
@@ -58,6 +59,7 @@ def compress(
         options: precision, ``keep_float``, and the calibration samples' file.
         group: output channels that share a palette (from iOS 18 on); all of them where None.
         image: the input that is an image, for the samples.
+        function: whose program it is; the main one's where empty.
 
     Raises:
         ConversionError: coremltools refused, or a rule does not hold in the result.
@@ -67,14 +69,19 @@ def compress(
     layers = weighted_layers(program)
     decisions = decide(layers, options.precision, options.keep_float, where=where)
     index = LayerIndex(layers)
-    calibration = None
+    calibration: dict[str, Any] | None = None
+    clipping: dict[str, dict[str, Any]] = {}
     with contextlib.redirect_stdout(sys.stderr):
         import coremltools.optimize.coreml as cto
 
-        integer = _integer(model._mil_program, _names(model._mil_program, index), decisions)
+        names = _names(model._mil_program, index)
+        integer = _integer(model._mil_program, names, decisions)
         try:
             if integer:
-                model, calibration = quantise_activations(model, integer, program, options, image)
+                paths = _layers(model._mil_program, names)
+                model, calibration, clipping = quantise_activations(
+                    model, integer, paths, program, options, image, function
+                )
             names = _names(model._mil_program, index)
             wanted = [
                 n for n, p in names.items() if treatment_of(p, decisions) is not Treatment.FLOAT
@@ -92,7 +99,7 @@ def compress(
             ) from error
     found = _found(result._mil_program, names, where)
     prove(decisions, found, names, where)
-    return result, Quantisation(decisions, found, calibration)
+    return result, Quantisation(decisions, found, calibration, clipping=clipping)
 
 
 def _method(precision: Precision, group: int | None) -> tuple[Callable[[Any, Any], Any], Any]:
@@ -124,6 +131,15 @@ def _integer(
         if op.op_type in TAKEN
         and source.name in names
         and treatment_of(names[source.name], decisions) is Treatment.INTEGER
+    }
+
+
+def _layers(program: Any, names: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return the layer of each operator whose weight is known."""
+    return {
+        op.name: "+".join(names[source.name])
+        for op, source, _ in _weights(program)
+        if source.name in names
     }
 
 

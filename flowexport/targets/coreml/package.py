@@ -107,17 +107,19 @@ def operations(spec: Any) -> Iterator[Any]:
     """Yield every operation of every function, nested blocks included."""
 
     for function in spec.mlProgram.functions.values():
-        yield from _walk(function)
+        yield from walk(function)
 
 
-def _walk(function: Any) -> Iterator[Any]:
-    def walk(block: Any) -> Iterator[Any]:
+def walk(function: Any) -> Iterator[Any]:
+    """Yield every operation of a function, nested blocks included."""
+
+    def inside(block: Any) -> Iterator[Any]:
         for operation in block.operations:
             yield operation
             for inner in operation.blocks:
-                yield from walk(inner)
+                yield from inside(inner)
 
-    yield from walk(function.block_specializations[function.opset])
+    yield from inside(function.block_specializations[function.opset])
 
 
 def operator_counts(spec: Any) -> dict[str, int]:
@@ -131,7 +133,7 @@ def scalars(spec: Any) -> dict[str, int]:
     """Return how often each single float constant is read: ε, bounds of clamps, factors."""
     counts: Counter[str] = Counter()
     for function in spec.mlProgram.functions.values():
-        counts += _scalars(list(_walk(function)))
+        counts += _scalars(list(walk(function)))
     return dict(sorted(counts.items()))
 
 
@@ -162,17 +164,17 @@ def constants(path: Path, spec: Any) -> dict[str, np.ndarray]:
     weights = file.read_bytes() if file.is_file() else b""
     found = {}
     for function in sorted(spec.mlProgram.functions):
-        for op in _walk(spec.mlProgram.functions[function]):
+        for op in walk(spec.mlProgram.functions[function]):
             if op.type != "const" and not op.type.startswith("constexpr_"):
                 continue
             for part, value in sorted(op.attributes.items()):
-                array = _array(value, weights)
-                if part != "name" and array is not None:
-                    found[f"{function}/{op.outputs[0].name} {part}"] = array
+                held = array(value, weights)
+                if part != "name" and held is not None:
+                    found[f"{function}/{op.outputs[0].name} {part}"] = held
     return found
 
 
-def _array(value: Any, weights: bytes) -> np.ndarray | None:
+def array(value: Any, weights: bytes = b"") -> np.ndarray | None:
     """Return a tensor value flat; None for texts and lists."""
     dtype = np.dtype(_NUMPY.get(value.type.tensorType.dataType, np.uint8))
     if value.WhichOneof("value") == "blobFileValue":

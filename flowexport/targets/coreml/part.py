@@ -40,13 +40,18 @@ class Part:
         settings: CoreMLOptions,
         system: str,
         path: Path,
+        function: str = "",
     ) -> Part:
-        """Decompose, convert and save a static program."""
+        """Decompose, convert and save a static program.
+
+        Args:
+            function: its name beside the main one; that one's is empty.
+        """
         ops = installed_ops()
         plain, choices = decompose(program, "coreml", ops, pinned=settings.form)
         if settings.layout == "ane":
             plain = replace(plain, exported=image_like(plain.exported))
-        return cls.save(plain, choices, options, settings, system, path)
+        return cls.save(plain, choices, options, settings, system, path, function)
 
     @classmethod
     def save(
@@ -57,13 +62,16 @@ class Part:
         settings: CoreMLOptions,
         system: str,
         path: Path,
+        function: str = "",
     ) -> Part:
         """Convert and save a program without attention nodes."""
         plain, image, classes = app_ends(plain, settings)
         kept: list[Quantisation] = []
 
         def compressed(model: Any) -> Any:
-            result, quantised = compress(model, plain, options, settings.palette_group, image)
+            result, quantised = compress(
+                model, plain, options, settings.palette_group, image, function
+            )
             kept.append(quantised)
             return result
 

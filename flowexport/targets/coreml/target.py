@@ -35,6 +35,7 @@ from flowexport.lowering import (
 from flowexport.lowering.artifact import finished
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.coreml import package
+from flowexport.targets.coreml.activations import ranges
 from flowexport.targets.coreml.blobs import pack
 from flowexport.targets.coreml.convert import (
     check_flexible,
@@ -157,7 +158,8 @@ class CoreMLTarget:
         with TemporaryDirectory(dir=out) as folder:
             for name, part in static.items():
                 place = Path(folder) / f"{name}{self.suffix}" if len(static) > 1 else path
-                made[name] = Part.make(part, options, settings, system, place)
+                own = "" if name == program.entry else name
+                made[name] = Part.make(part, options, settings, system, place, own)
             if settings.stateful:
                 static[FUNCTION] = stateful_step(made[STEP].program, settings.stateful)
                 place = Path(folder) / f"{FUNCTION}{self.suffix}"
@@ -219,6 +221,10 @@ class CoreMLTarget:
         details["operators"] = operators = package.operator_counts(spec)
         details["scalars"] = package.scalars(spec)
         details["stored"] = numbers(package.constants(path, spec))
+        details["ranges"] = ranges(path, spec)
+        for one in made.values():
+            clipped = {} if one.quantised is None else one.quantised.clipping
+            details["clipping"] = {**details.get("clipping", {}), **clipped}
         if settings.stateful:
             found = measure_drift(path, made[STEP].program, settings.stateful, tell=_tell)
             details["stateful"] = found.to_json()
@@ -270,6 +276,7 @@ class CoreMLTarget:
             "operators": operators,
             "scalars": package.scalars(spec),
             "stored": numbers(package.constants(path, spec)),
+            "ranges": ranges(path, spec),
             "fusions": {op.name: operators.get(op.name, 0) for op in installed_ops()},
             "metadata": described,
             "labels": described.get("labels", []),

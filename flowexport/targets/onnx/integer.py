@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowexport.core.errors import ConversionError
+from flowexport.core.ranges import Clipping, Span
 from flowexport.core.types import Options
 from flowexport.lowering.program import LoweredProgram
-from flowexport.lowering.quantisation import read_samples
+from flowexport.lowering.quantisation import read_samples, rows
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -70,6 +71,7 @@ def static(
     program: LoweredProgram,
     symmetric: bool,
 ) -> tuple[ModelProto, dict[str, Any]]:
+    """Return the model with QDQ pairs before these nodes, and name and number of the samples."""
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
@@ -123,6 +125,75 @@ def _round_for(model: ModelProto, nodes: Sequence[str]) -> None:
             rounded = producers.get(widened.input[0])
             if rounded is not None and rounded.op_type == "QuantizeLinear":
                 node.input[i] = rounded.input[0]
+
+
+def clip(
+    model: ModelProto,
+    cases: Mapping[str, Mapping[str, np.ndarray]],
+    held: Mapping[str, Span],
+) -> dict[str, dict[str, Any]]:
+    """Return what a finished file's ranges clip of each case; see ``Clipping.worst``.
+
+    Args:
+        model: float32, its nodes named.
+        cases: case -> input -> array.
+        held: by ``<node> input``.
+    """
+    import onnx
+    import onnxruntime as ort
+
+    if not cases:
+        return {}
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    weights = {i.name: i for i in model.graph.initializer}
+    read = {}
+    for node in model.graph.node:
+        if f"{node.name} input" in held and (place := weight_place(node, weights)) is not None:
+            read[f"{node.name} input"] = node.input[1 - place[0]]
+    fed = {i.name for i in model.graph.input}
+    known = {o.name for o in model.graph.output}
+    wanted = sorted({*read.values()} - fed)
+    watched.graph.output.extend(onnx.ValueInfoProto(name=n) for n in wanted if n not in known)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        watched.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
+    )
+    found = {}
+    for case, feeds in cases.items():
+        clipping = Clipping(held)
+        for one in rows(feeds):
+            values = one | dict(zip(wanted, session.run(wanted, one), strict=True))
+            for end, name in read.items():
+                clipping.look(end, values[name])
+        found[case] = clipping.worst()
+    return found
+
+
+def ranges(model: ModelProto) -> dict[str, Span]:
+    """Return what the rounded activations of a finished file hold, by ``<node> input``."""
+    from onnx import numpy_helper
+
+    constants = {i.name: i for i in model.graph.initializer}
+    producers = {o: n for n in model.graph.node for o in n.output}
+    found: dict[str, Span] = {}
+    for node in model.graph.node:
+        for name in node.input if node.op_type in WEIGHTED and node.name else ():
+            widened = producers.get(name)
+            if widened is None or widened.op_type != "DequantizeLinear":
+                continue
+            rounded = producers.get(widened.input[0])
+            if rounded is None or rounded.op_type != "QuantizeLinear":
+                continue
+            scale, zero = (numpy_helper.to_array(constants[i]) for i in rounded.input[1:3])
+            limits = np.iinfo(zero.dtype)
+            found[f"{node.name} input"] = (
+                float(scale * (limits.min - int(zero))),
+                float(scale * (limits.max - int(zero))),
+            )
+    return found
 
 
 def safe_ranges(model: ModelProto, nodes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -20,10 +20,18 @@ from flowexport.lowering.quantisation import (
     Treatment,
     decide,
     prove,
+    read_probes,
     treatment_of,
 )
 from flowexport.targets.onnx.function import DOMAIN
-from flowexport.targets.onnx.integer import channels, dynamic, static, weight_place
+from flowexport.targets.onnx.integer import (
+    channels,
+    clip,
+    dynamic,
+    ranges,
+    static,
+    weight_place,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -32,7 +40,12 @@ INTEGER = ("MatMulInteger", "QLinearMatMul")
 
 
 def quantise(
-    model: ModelProto, program: LoweredProgram, options: Options, *, symmetric: bool = False
+    model: ModelProto,
+    program: LoweredProgram,
+    options: Options,
+    *,
+    symmetric: bool = False,
+    function: str = "",
 ) -> tuple[ModelProto, Quantisation]:
     """Quantise a finished float32 model.
 
@@ -65,11 +78,15 @@ def quantise(
     nodes = {name: treatment_of(parts, decisions) for name, parts in paths.items()}
     integer = [n for n, t in nodes.items() if t is Treatment.INTEGER]
     functions = [f.SerializeToString(deterministic=True) for f in model.functions]
-    calibration = None
+    calibration, clipping = None, {}
     if integer and options.precision is Precision.INT8_DYNAMIC:
         model = dynamic(model, integer)
     elif integer:
+        plain = type(model)()
+        plain.CopyFrom(model)  # the quantizer moves the constants of its own out of it
         model, calibration = static(model, integer, options, program, symmetric)
+        assert options.calibration is not None
+        clipping = clip(plain, read_probes(options.calibration, function), ranges(model))
     _store(model, [n for n, t in nodes.items() if t is Treatment.WEIGHTS])
     _compact(model, {*nodes, *(f"{n}_quant" for n in nodes)})
     if functions != [f.SerializeToString(deterministic=True) for f in model.functions]:
@@ -80,7 +97,7 @@ def quantise(
     for entry in model.metadata_props:
         if entry.key == "precision":
             entry.value = options.precision.value
-    return model, Quantisation(decisions, found, calibration)
+    return model, Quantisation(decisions, found, calibration, clipping=clipping)
 
 
 def _split_gemms(model: ModelProto) -> ModelProto:

@@ -120,6 +120,8 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is no complete ONNX model.
     """
+    from flowexport.targets.onnx.integer import ranges
+
     model = read_model(path)
     weights = {tensor.name for tensor in model.graph.initializer}
     return {
@@ -131,6 +133,7 @@ def describe(path: Path) -> dict[str, Any]:
         "operators_inlined": operators(inline(model)),
         "scalars": scalars(model),
         "stored": stored(constants(model)),
+        "ranges": ranges(model),
         "fusions": fusions(model),
         "metadata": {p.key: p.value for p in model.metadata_props},
         "opset": {o.domain or "ai.onnx": o.version for o in model.opset_import},

@@ -72,6 +72,7 @@ class OnnxTarget:
         Raises:
             LoweringError, ConversionError: a stage refused the program.
         """
+        from flowexport.targets.onnx.integer import ranges
         from flowexport.targets.onnx.read import constants, fusions, inline, scalars
 
         settings = OnnxOptions.parse(options)
@@ -84,15 +85,18 @@ class OnnxTarget:
             )
         path = out / f"{program.model}{self.suffix}"
         model, sites, quantised = _write(program, settings, options, path)
+        clipping = dict(quantised.clipping) if quantised is not None else {}
         places, others = {}, {}
         for name, function in program.functions.items():
             beside = out / f"{program.model}.{name}{self.suffix}"
-            written, _, _ = _write(function, settings, options, beside)
+            written, _, more = _write(function, settings, options, beside, name)
             others[name] = {
                 "scalars": scalars(written),
                 "stored": stored(constants(written)),
                 "fusions": fusions(written),
+                "ranges": ranges(written),
             }
+            clipping |= more.clipping if more is not None else {}
             places[name] = beside
         return finished(
             self.name,
@@ -110,6 +114,8 @@ class OnnxTarget:
                 "functions": len(model.functions),
                 "scalars": scalars(model),
                 "stored": stored(constants(model)),
+                "ranges": ranges(model),
+                **({"clipping": clipping} if clipping else {}),
                 **({"beside": others} if others else {}),
                 "attentions": [site.to_json() for site in sites],
                 "deterministic": True,
@@ -155,7 +161,11 @@ class OnnxTarget:
 
 
 def _write(
-    program: LoweredProgram, settings: OnnxOptions, options: Options, path: Path
+    program: LoweredProgram,
+    settings: OnnxOptions,
+    options: Options,
+    path: Path,
+    function: str = "",
 ) -> tuple[ModelProto, tuple[SiteForm, ...], Quantisation | None]:
     """Write one program to one file."""
     from flowexport.targets.onnx.export import export
@@ -173,7 +183,9 @@ def _write(
     model = finish(model, program, form_summary([site.form for site in sites]))
     quantised = None
     if precision.quantised:
-        model, quantised = quantise(model, program, options, symmetric=settings.symmetric)
+        model, quantised = quantise(
+            model, program, options, symmetric=settings.symmetric, function=function
+        )
     path.write_bytes(model.SerializeToString(deterministic=True))
     return model, sites, quantised
 

@@ -134,7 +134,7 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
         "onnx_sha256": source.sha256,
         "weights": weights,
         "attentions": source.details["attentions"],
-        **{k: source.details[k] for k in ("quantisation",) if k in source.details},
+        **{k: source.details[k] for k in ("quantisation", "clipping") if k in source.details},
         "deterministic": same,
         "deterministic_reason": reason,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flowexport.core.errors import ConversionError
-from flowexport.targets.tflite.flatbuffer import operator_names
+from flowexport.targets.tflite.flatbuffer import operators
 
 OLD = "tflite-2.14"
 RUNTIMES = (OLD,)
@@ -40,7 +40,7 @@ def require_compatible(model: Any, runtime: str, name: str) -> None:
 def hybrid_channelwise(model: Any) -> list[str]:
     """Return the FULLY_CONNECTED with float inputs whose int8 weights have several scales."""
     found = []
-    for graph, op, kind in _operators(model):
+    for graph, op, kind in operators(model):
         if kind != "FULLY_CONNECTED":
             continue
         data, weights = (graph.tensors[int(i)] for i in op.inputs[:2])
@@ -54,14 +54,9 @@ def int8_divisions(model: Any) -> list[str]:
     """Return the DIV of int8 tensors."""
     return [
         f"int8 {kind} {_output(graph, op)}"
-        for graph, op, kind in _operators(model)
+        for graph, op, kind in operators(model)
         if kind == "DIV" and _is(graph.tensors[int(op.inputs[0])], "INT8")
     ]
-
-
-def _operators(model: Any) -> list[tuple[Any, Any, str]]:
-    names = operator_names(model)
-    return [(g, op, names[op.opcodeIndex]) for g in model.subgraphs for op in g.operators]
 
 
 def _is(tensor: Any, dtype: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from flowexport.core.types import TensorSpec
 IDENTIFIER = b"TFL3"
 ALIGNMENT = 16  # schema.fbs: Buffer.data (force_align: 16)
 MAX_BYTES = 2**31 - 1
+WEIGHTED = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")
+"""Operators whose second input may be a layer's weight."""
 
 
 def read_model(path: Path) -> Any:
@@ -196,10 +198,17 @@ def operator_names(model: Any) -> list[str]:
     return found
 
 
+def operators(model: Any) -> Iterator[tuple[Any, Any, str]]:
+    """Yield (subgraph, operator, its name) for every operator."""
+    codes = operator_names(model)
+    for graph in model.subgraphs:
+        for op in graph.operators:
+            yield graph, op, codes[op.opcodeIndex]
+
+
 def operator_counts(model: Any) -> dict[str, int]:
     """Return how often each operator occurs, over all subgraphs."""
-    codes = operator_names(model)
-    counts = Counter(codes[op.opcodeIndex] for g in model.subgraphs for op in g.operators)
+    counts = Counter(name for _, _, name in operators(model))
     return dict(sorted(counts.items()))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.errors import ConversionError
+from flowexport.core.ranges import Span
 from flowexport.core.types import Options, Precision
 from flowexport.lowering import LoweredProgram
 from flowexport.lowering.layers import Layer, OperatorNames, weighted_layers
@@ -25,12 +26,15 @@ from flowexport.lowering.quantisation import (
     Treatment,
     decide,
     prove,
+    read_probes,
     read_samples,
+    rows,
     treatment_of,
 )
+from flowexport.targets.tflite.flatbuffer import WEIGHTED, operators
 from flowexport.targets.tflite.half import store_in_half
+from flowexport.targets.tflite.ranges import Watched, ranges
 
-WEIGHTED = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")
 _BETWEEN = ("QUANTIZE", "DEQUANTIZE")
 
 
@@ -78,7 +82,7 @@ def quantise(
     model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
     names = _name_operators(model, _all_layers(programs, where), where)
     wanted = {name: treatment_of(paths, decisions) for name, paths in names.items()}
-    calibration = None
+    calibration, watched = None, None
     with _on_stderr():
         from ai_edge_quantizer import qtyping, quantizer
 
@@ -90,10 +94,12 @@ def quantise(
                     one = kind == "FULLY_CONNECTED" and not per_channel
                     granularity = qtyping.QuantGranularity["TENSORWISE" if one else "CHANNELWISE"]
                     _add_rule(work, name, kind, treatment, options.precision, granularity)
-            ranges = None
+            held = None
             if work.need_calibration:
-                ranges, calibration = _calibrate(work, programs, options, where)
-            result = work.quantize(ranges).quantized_model
+                integer = [n for n, t in wanted.items() if t is Treatment.INTEGER]
+                watched = Watched(named, model, integer)
+                held, calibration = _calibrate(watched, programs, options, where)
+            result = work.quantize(held and _statistics(held)).quantized_model
         except ConversionError:
             raise
         except Exception as error:  # the quantizer raises anything from KeyError up
@@ -107,8 +113,19 @@ def quantise(
     found = _found(finished, model, names, where)
     prove(decisions, found, names, where)
     half = store_in_half(finished)
+    clipping = {}
+    if watched is not None:
+        clipping = _clipping(watched, list(programs), options, ranges(finished))
     result = flatbuffer_utils.convert_object_to_bytearray(finished)
-    return result, Quantisation(decisions, found, calibration, half)
+    return result, Quantisation(decisions, found, calibration, half, clipping)
+
+
+def _statistics(held: Mapping[str, Span]) -> dict[str, dict[str, np.ndarray]]:
+    """Return spans as the quantizer takes them."""
+    return {
+        tensor: {"min": np.array([[low]], np.float32), "max": np.array([[high]], np.float32)}
+        for tensor, (low, high) in held.items()
+    }
 
 
 def _add_rule(
@@ -139,19 +156,39 @@ def _add_rule(
 
 
 def _calibrate(
-    work: Any, programs: Mapping[str, LoweredProgram], options: Options, where: str
-) -> tuple[Any, dict[str, Any]]:
-    """Return the ranges of every tensor; each signature is run on samples of its length."""
+    watched: Watched, programs: Mapping[str, LoweredProgram], options: Options, where: str
+) -> tuple[dict[str, Span], dict[str, Any]]:
+    """Return the span of each tensor over the samples, and their name and number.
+
+    A range holds every sample's values: the quantizer's own calibration takes a moving
+    average of the samples' extremes, beyond which half of the samples lie (digits: 25 dB
+    instead of 40). Each signature is run on samples of its length.
+    """
     if options.calibration is None:
         raise ConversionError(
             f"{where}: {options.precision.value} has no calibration samples; expected their file."
         )
-    feeds: dict[str, list[dict[str, np.ndarray]]] = {}
+    held: dict[str, Span] = {}
     for signature, program in programs.items():
         name, samples = read_samples(options.calibration, program.inputs)
-        count = len(next(iter(samples.values())))
-        feeds[signature] = [{k: v[i : i + 1] for k, v in samples.items()} for i in range(count)]
-    return work.calibrate(feeds, num_threads=1), {"dataset": name, "samples": count}
+        held |= watched.spans(signature, rows(samples))
+    count = len(next(iter(samples.values())))
+    return watched.tensors(held), {"dataset": name, "samples": count}
+
+
+def _clipping(
+    watched: Watched, signatures: Sequence[str], options: Options, held: Mapping[str, Span]
+) -> dict[str, dict[str, Any]]:
+    """Return what a finished file's ranges clip of each case that it will be verified on."""
+    assert options.calibration is not None
+    main = signatures[0]
+    return {
+        case: watched.clipping(signature, rows(feeds), held)
+        for signature in signatures
+        for case, feeds in read_probes(
+            options.calibration, "" if signature == main else signature
+        ).items()
+    }
 
 
 def _all_layers(programs: Mapping[str, LoweredProgram], where: str) -> list[Layer]:
@@ -175,26 +212,15 @@ def _all_layers(programs: Mapping[str, LoweredProgram], where: str) -> list[Laye
     return known
 
 
-def _operators(model: Any) -> Iterator[tuple[Any, Any, str]]:
-    """Yield (subgraph, operator, its name) for every operator."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
-    for graph in model.subgraphs:
-        for op in graph.operators:
-            code = model.operatorCodes[op.opcodeIndex]
-            builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
-            yield graph, op, names.get(builtin, str(builtin))
-
-
 def _name_operators(model: Any, layers: Sequence[Layer], where: str) -> dict[str, tuple[str, ...]]:
     """Name the output of each weighted operator after its module; return the paths by name."""
     names = OperatorNames(layers, where)
+    paths = {layer.path for layer in layers}
     # Short, for the converter's names weigh as much as small layers; the quantizer tells the
     # tensors of all graphs apart by them.
     for i, tensor in enumerate(t for graph in model.subgraphs for t in graph.tensors):
-        tensor.name = f"{i:x}".encode()
-    for graph, op, kind in _operators(model):
+        tensor.name = (f"{i:x}" if f"{i:x}" not in paths else f"{i:x}%").encode()
+    for graph, op, kind in operators(model):
         if kind not in WEIGHTED:
             continue
         tensor = graph.tensors[op.inputs[1]]
@@ -221,15 +247,15 @@ def _found(
 
     order = [
         graph.tensors[op.outputs[0]].name.decode()
-        for graph, op, kind in _operators(before)
+        for graph, op, kind in operators(before)
         if kind in WEIGHTED and graph.tensors[op.outputs[0]].name.decode() in names
     ]
     made: dict[tuple[int, int], str] = {}
-    for graph, op, kind in _operators(model):
+    for graph, op, kind in operators(model):
         made |= {(id(graph), int(o)): kind for o in op.outputs}
     found: dict[str, str] = {}
     position = 0
-    for graph, op, kind in _operators(model):
+    for graph, op, kind in operators(model):
         types = [graph.tensors[i].type if i >= 0 else None for i in op.inputs]
         eight = [t == schema.TensorType.INT8 for t in types]
         source = made.get((id(graph), int(op.inputs[1]))) if kind in WEIGHTED else None

@@ -35,6 +35,7 @@ from flowexport.targets.tflite.convert import store_weights_in_half, to_flatbuff
 from flowexport.targets.tflite.ends import ImageEnd, image_end
 from flowexport.targets.tflite.options import PRECISIONS, TFLiteOptions
 from flowexport.targets.tflite.quantise import quantise
+from flowexport.targets.tflite.ranges import ranges
 from flowexport.targets.tflite.session import TFLiteSession, delegations, file_feeds
 
 _CONVERTERS = {"litert-torch": "litert_torch", "ai-edge-quantizer": "ai_edge_quantizer"}
@@ -177,6 +178,7 @@ class TFLiteTarget:
         details = self._details(path, options.precision, operators, static.attentions, choices)
         if quantised is not None:
             details["quantisation"] = quantised.to_json()
+            details["clipping"] = dict(quantised.clipping)
         details |= {k: header[k] for k in ("compat", "image") if k in header}
         pixels = image is not None and image.pixels is not None
         details["warnings"] = [
@@ -241,6 +243,7 @@ class TFLiteTarget:
             "operators": operators,
             "scalars": flatbuffer.scalars(model),
             "stored": stored(constants(model)),
+            "ranges": ranges(model),
             "fusions": _fusions(operators, [op.name for op in installed_ops()]),
             "metadata": header,
             "labels": labels,
@@ -323,6 +326,7 @@ class TFLiteTarget:
             "constant_bytes": flatbuffer.constant_bytes(model),
             "scalars": flatbuffer.scalars(model),
             "stored": stored(constants(model)),
+            "ranges": ranges(model),
             "arithmetic": "float32 on a CPU; weights are stored as float16" if half else "float32",
             "sites": [
                 {"module": s.module_path, "form": c.form, "reason": c.reason}
