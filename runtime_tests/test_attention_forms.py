@@ -22,7 +22,7 @@ from flowexport.ops.flow_attention import (
 from flowexport.ops.flow_attention.causal import causal_chunked, exclusive_prefix
 from flowexport.ops.flow_attention.causal_half import causal_means
 from flowexport.ops.flow_attention.half import chunks
-from flowexport.ops.flow_attention.lowered import FORMS, applicable
+from flowexport.ops.flow_attention.lowered import FORMS, applicable, attention_of
 
 # Beside the published variants: a clamp so wide that exp needs the maximum, and a causal one.
 ALL = {
@@ -64,7 +64,7 @@ RANGES = {
 def error(form: str, q: Tensor, k: Tensor, v: Tensor, variant: FlowVariant) -> float:
     """Return the form's largest error over the reference's largest value."""
     truth = flow_attention_reference(q, k, v, variant)
-    result = FORMS[form](q, k, v, *op_arguments(variant))
+    result = attention_of(form)(q, k, v, *op_arguments(variant))
     assert result.shape == truth.shape and result.dtype == truth.dtype
     if not truth.numel():
         return 0.0
@@ -103,7 +103,7 @@ def test_form_reproduces_the_golden_vectors(
     case: str, form: str, dtype: torch.dtype, bound: float
 ) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, variant: FlowVariant) -> Tensor:
-        return FORMS[form](q, k, v, *op_arguments(variant))
+        return attention_of(form)(q, k, v, *op_arguments(variant))
 
     assert golden_error(case, attention, dtype) <= bound
 
@@ -123,7 +123,7 @@ def test_ranks_stay_at_four(name: str, form: str) -> None:
 
     q, k, v = (x.float() for x in inputs(1, 192, 192, 2, 4, 4, 0))
     with Ranks():
-        FORMS[form](q, k, v, *op_arguments(ALL[name]))
+        attention_of(form)(q, k, v, *op_arguments(ALL[name]))
     assert ranks and max(ranks) <= 4
 
 
@@ -133,7 +133,7 @@ def test_no_bare_reciprocal(name: str, form: str) -> None:
 
     class Module(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return FORMS[form](q, k, v, *op_arguments(ALL[name]))
+            return attention_of(form)(q, k, v, *op_arguments(ALL[name]))
 
     exported = torch.export.export(Module(), inputs(1, 192, 192, 2, 4, 4, 0))
     targets = {str(n.target) for n in exported.graph.nodes}
@@ -153,7 +153,7 @@ def test_dynamic_length_and_batch_stay_dynamic(name: str, form: str) -> None:
 
     class Module(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return FORMS[form](q, k, v, *op_arguments(variant))
+            return attention_of(form)(q, k, v, *op_arguments(variant))
 
     batch = torch.export.Dim("batch", min=1, max=8)
     sinks = torch.export.Dim("sinks", min=1, max=4096)
@@ -174,7 +174,7 @@ def test_dynamic_length_and_batch_stay_dynamic(name: str, form: str) -> None:
 def test_form_refuses_a_variant_that_it_does_not_compute(form: str) -> None:
     variant = VARIANTS["standard" if form.startswith("causal_") else "causal"]
     with pytest.raises(InputError, match=f"form {form.removesuffix('_projected')} has a"):
-        FORMS[form](*inputs(1, 4, 4, 1, 2, 2, 0), *op_arguments(variant))
+        attention_of(form)(*inputs(1, 4, 4, 1, 2, 2, 0), *op_arguments(variant))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -182,7 +182,7 @@ def test_bad_shapes_are_told(form: str) -> None:
     variant = VARIANTS["causal" if form.startswith("causal_") else "standard"]
     q, k, v = inputs(1, 4, 4, 1, 2, 2, 0)
     with pytest.raises(InputError, match="k has 4 tokens and v 3"):
-        FORMS[form](q, k, v[:, :3], *op_arguments(variant))
+        attention_of(form)(q, k, v[:, :3], *op_arguments(variant))
 
 
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 130])

@@ -35,6 +35,18 @@ def test_half_arithmetic_takes_the_safe_form() -> None:
     assert table.choose("tflite", "fp16", site(3136, 12, 8, "vision")).form != "means"
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8-dynamic", "int8-static"])
+def test_what_stores_weights_in_less_keeps_the_layers(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = {"channel_first_absorbed": 2.0, "channel_first_projected": 1.9, "token_major": 1.5}
+    row = {"target": "tflite", "causal": False, "tokens": 64, "channels": 16, "forms": forms}
+    monkeypatch.setattr(table, "rows", lambda: (row,))
+    where = site(64, 2, 8, "vision")
+    assert table.choose("tflite", "fp32", where).form == "channel_first_absorbed"
+    assert table.choose("tflite", precision, where).form == "token_major"
+
+
 def test_rows_are_of_known_forms_and_never_slower() -> None:
     assert table.rows(), "the table is empty: run python -m flowexport.measure_forms --write"
     for row in table.rows():

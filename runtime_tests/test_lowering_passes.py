@@ -241,6 +241,49 @@ def test_what_does_not_match_says_why_and_is_unchanged() -> None:
     assert "not a linear layer" in choices[0].reason
 
 
+def absorbed(module: nn.Module) -> tuple[list[object], str]:
+    """Return the operators of a module in the absorbing form, and what is told of it."""
+    program, (choice,) = decompose(
+        lowered(module), "tflite", [DESCRIPTOR], pinned="channel_first_absorbed"
+    )
+    torch.testing.assert_close(program.exported.module()(X), module(X), rtol=1e-12, atol=1e-12)
+    return targets(program.exported), choice.reason
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("variant", ["timeseries", "lra", "mobile"])
+def test_two_layers_go_into_the_products(variant: str, bias: bool) -> None:
+    module = Attention("chunk", variant, bias)
+    found, reason = absorbed(module)
+    assert found.count(aten.linear.default) == 2 and "as written" not in reason
+    module.proj = nn.Linear(8, 5, bias).double()
+    found, _ = absorbed(module)
+    assert found.count(aten.linear.default) == 2
+
+
+def test_layers_that_others_read_are_not_absorbed() -> None:
+    class Twice(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (2, 4)) for f in (self.q, self.k, self.v))
+            y = flow_attention(q, k, v, self.variant).flatten(2)
+            return self.proj(y) + (y if self.fused == "twice" else 0)
+
+    class Gated(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (2, 4)) for f in (self.q, self.k, self.v))
+            return self.proj(flow_attention(q, k, v, self.variant).tanh().flatten(2))
+
+    for module, layers, words in (
+        (Twice("once"), 2, ""),
+        (Twice("twice"), 4, "not read by one linear layer alone"),
+        (Gated("none"), 4, "not merged for a linear layer"),
+        (Attention("tanh"), 2, "not a linear layer"),
+    ):
+        found, reason = absorbed(module)
+        assert found.count(aten.linear.default) == layers
+        assert words in reason and ("as written" in reason) is bool(words)
+
+
 def test_inverse_permutes_cancel_and_others_stay() -> None:
     class Module(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

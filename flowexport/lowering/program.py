@@ -17,7 +17,12 @@ from torch.export import ExportedProgram
 
 from flowexport.core.errors import InputError, LoweringError
 from flowexport.core.types import FORWARD, Precision, TensorSpec
-from flowexport.lowering.passes import after_decomposition, before_decomposition, clean
+from flowexport.lowering.passes import (
+    absorb_projections,
+    after_decomposition,
+    before_decomposition,
+    clean,
+)
 from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite, Choice
 
 _TORCH_DTYPES = {
@@ -295,18 +300,25 @@ def decompose(
     exported, misses = before_decomposition(
         program.exported, [op.overload for op in ops], [c.form for c in choices]
     )
+    told = [c.told(m) for c, m in zip(choices, misses, strict=True)]
+    kinds = {op.name: op.absorbing for op in ops}
+    wanted = [
+        (kind := kinds[s.op]) is not None and c.form in kind.forms
+        for s, c in zip(sites, choices, strict=True)
+    ]
+    exported, misses = absorb_projections(
+        exported, {op.overload: op.absorbing and op.absorbing.overload for op in ops}, wanted
+    )
+    told = [c.told(m) for c, m in zip(told, misses, strict=True)]
+    absorbed = [w and m is None for w, m in zip(wanted, misses, strict=True)]
     table: dict[Any, Callable[..., Any]] = {}
     for op in ops:
-        forms = [c.form for s, c in zip(sites, choices, strict=True) if s.op == op.name]
-
-        def in_chosen_form(
-            *args: Any,
-            _forms: Mapping[str, Callable[..., Any]] = op.forms,
-            _remaining: Any = iter(forms),  # noqa: B008 - one iterator an operator is meant
-        ) -> Any:
-            return _forms[next(_remaining)](*args)
-
-        table[op.overload] = in_chosen_form
+        all_sites = zip(sites, choices, absorbed, strict=True)
+        own = [(c.form, a) for s, c, a in all_sites if s.op == op.name]
+        table[op.overload] = _in_turn(op.forms, [form for form, a in own if not a])
+        if op.absorbing is not None:
+            names = [form for form, a in own if a]
+            table[op.absorbing.overload] = _in_turn(op.absorbing.forms, names)
     try:
         exported = after_decomposition(exported.run_decompositions(table))
     except InputError as error:  # the pinned form is not one for this variant
@@ -315,8 +327,17 @@ def decompose(
         ) from error
     if left := find_attentions(exported, ops):
         raise LoweringError(f"lower {target} {program.model}: {left[0].module_path} was kept.")
-    told = tuple(c.told(m) for c, m in zip(choices, misses, strict=True))
-    return replace(program, exported=exported, attentions=()), told
+    return replace(program, exported=exported, attentions=()), tuple(told)
+
+
+def _in_turn(forms: Mapping[str, Callable[..., Any]], names: Sequence[str]) -> Callable[..., Any]:
+    """Return a function that computes each call in the next of the named forms."""
+    remaining = iter(names)
+
+    def compute(*args: Any) -> Any:
+        return forms[next(remaining)](*args)
+
+    return compute
 
 
 def module_path(node: torch.fx.Node) -> str:

@@ -38,6 +38,23 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Absorbing:
+    """An attention operator with the linear layers behind and before it: v's and the output's.
+
+    Its arguments are (q, k, x, value weight, value bias or None, output weight, output bias
+    or None) and the operator's own after v; its result is the output layer's.
+
+    Attributes:
+        overload: the torch operator.
+        forms: decompositions of it by name; the same names are among the operator's own
+            forms, for where the layers cannot be absorbed.
+    """
+
+    overload: OpOverload
+    forms: Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
 class AttentionDescriptor:
     """An attention operator as lowering sees it.
 
@@ -51,6 +68,7 @@ class AttentionDescriptor:
             the operator has no ONNX node and is always decomposed.
         misfit: (form, site) -> what of the attention the form does not compute, as a
             predicate ("is causal"), or None where it does; left out where all do.
+        absorbing: the operator together with two of its linear layers, or None.
     """
 
     name: str
@@ -59,6 +77,7 @@ class AttentionDescriptor:
     choose: Callable[[str, str, AttentionSite], Choice]
     attributes: Callable[[tuple[Any, ...]], dict[str, Any]] | None = None
     misfit: Callable[[str, AttentionSite], str | None] | None = None
+    absorbing: Absorbing | None = None
 
     def misfit_of(self, form: str, site: AttentionSite) -> str | None:
         """Return why a form does not compute an attention, or None."""

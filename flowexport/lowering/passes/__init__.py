@@ -19,6 +19,7 @@ from flowexport.lowering.passes.norms import fold_norm_affine, spell_out_norms
 from flowexport.lowering.passes.permutes import cancel_permutes, merge_heads_first
 from flowexport.lowering.passes.projections import (
     NoMatch,
+    absorb_projections,
     project_channel_first,
     split_fused_projections,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "CLEAN",
     "DECOMPOSED",
     "NoMatch",
+    "absorb_projections",
     "after_decomposition",
     "before_decomposition",
     "clean",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from flowexport.lowering.passes._edit import GraphEdit, argument, calls
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_COPIES = (aten.clone.default, aten.contiguous.default)
 _SPLITS = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
 
 
@@ -169,3 +171,63 @@ def project_channel_first(
                 y = edit.call(aten.permute.default, y, [0, 3, 1, 2], like=like)
             node.update_arg(position, y)
     return edit.finish(), misses
+
+
+def absorb_projections(
+    exported: ExportedProgram,
+    attention: Mapping[Any, Any | None],
+    wanted: Sequence[bool],
+) -> tuple[ExportedProgram, list[NoMatch | None]]:
+    """Make v's and the output's linear layers arguments of the attention.
+
+    Before: ``v = linear(x) -> view (B,N,H,M); flow_attention(q, k, v) -> view (B,N,H*M) ->
+    linear``. After: ``flow_attention_absorbed(q, k, x, weights and biases)``.
+    Requires: attention nodes not decomposed. Ensures: as :func:`project_channel_first`.
+
+    Args:
+        attention: the operator with both layers, if it has one, by the operator's overload.
+        wanted: which attention nodes to rewrite, in execution order.
+    """
+    edit = GraphEdit(exported)
+    nodes = [n for n in edit.graph.nodes if calls(n, *attention)]
+    misses: list[NoMatch | None] = []
+    for node, rewrite in zip(nodes, wanted, strict=True):
+        misses.append(None)
+        if not rewrite or attention[node.target] is None:
+            continue
+        value, output = find_projection(edit, node.args[2]), _output_layer(edit, node)
+        if miss := next((f for f in (value, output) if isinstance(f, NoMatch)), None):
+            misses[-1] = miss
+            continue
+        assert isinstance(value, Projection) and isinstance(output, Node)
+        weight, bias = _slices(edit, value)
+        layer = [edit.parameter(value.linear.args[1], "v", weight), None]
+        if bias is not None:
+            layer[1] = edit.parameter(value.linear.args[2], "v", bias)
+        arguments = [*node.args[:2], value.linear.args[0], *layer]
+        arguments += [output.args[1], argument(output, 2), *node.args[3:]]
+        with edit.graph.inserting_before(output):
+            y = edit.call(attention[node.target], *arguments, like=node)
+        output.replace_all_uses_with(y)
+    return edit.finish(), misses
+
+
+def _output_layer(edit: GraphEdit, attention: Node) -> Node | NoMatch:
+    """Match ``attention -> [clone ->] view (B,N,H*M) -> linear``, each the only reader."""
+    shape, node = attention.meta["val"].shape, attention
+    for targets in (_COPIES, (*_VIEWS, aten.flatten.using_ints)):
+        reader = next(iter(node.users), None)
+        if len(node.users) == 1 and calls(reader, *targets):
+            assert reader is not None
+            node = reader
+    merged = node.meta["val"].shape
+    if len(merged) != 3 or merged[2] != shape[2] * shape[3] or str(merged[1]) != str(shape[1]):
+        return NoMatch(attention.name, "its heads are not merged for a linear layer")
+    reader = next(iter(node.users), None)
+    if len(node.users) != 1 or not calls(reader, aten.linear.default):
+        return NoMatch(attention.name, "its result is not read by one linear layer alone")
+    assert reader is not None
+    bias = argument(reader, 2)
+    if reader.args[1] not in edit.weights or (bias is not None and bias not in edit.weights):
+        return NoMatch(reader.name, "its weight is computed")
+    return reader

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flowexport.ops.flow_attention import VARIANTS, flow_attention_reference, op_arguments
-from flowexport.ops.flow_attention.lowered import FORMS, applicable
+from flowexport.ops.flow_attention.lowered import FORMS, applicable, attention_of
 from flowexport.ops.flow_attention.variant import FlowVariant
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "half": torch.float16}
@@ -92,7 +92,7 @@ def worst(variant_name: str, form: str, dtype_name: str) -> Row:
         truth = flow_attention_reference(q.double(), k.double(), v.double(), variant)
         if not truth.numel():
             continue
-        result = FORMS[form](q, k, v, *op_arguments(variant)).double()
+        result = attention_of(form)(q, k, v, *op_arguments(variant)).double()
         scale = truth.abs().max().item()
         found = (result - truth).abs().max().item() / scale
         found = found if result.isfinite().all() else float("inf")

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flowexport.ops.descriptor import AttentionDescriptor, AttentionSite
+from flowexport.ops.descriptor import Absorbing, AttentionDescriptor, AttentionSite
+from flowexport.ops.flow_attention import absorbed
 from flowexport.ops.flow_attention.causal import (
     causal_chunked,
     causal_chunked_heads,
@@ -38,6 +39,8 @@ FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         # The same mathematics; lowering computes q, k, v as W xᵀ + b where it can.
         "channel_first_projected": channel_first,
         "channel_first_sums": channel_first_sums,
+        # The same where lowering cannot absorb v's and the output's projections.
+        "channel_first_absorbed": channel_first_sums,
         "token_major": token_major,
         "means": means,
         "causal_chunked": causal_chunked,
@@ -46,6 +49,16 @@ FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "causal_means": causal_means,
     }
 )
+
+
+ABSORBING: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
+    {"channel_first_absorbed": absorbed.channel_first_absorbed}
+)
+
+
+def attention_of(form: str) -> Callable[..., Tensor]:
+    """Return a form as a function of q, k, v, for tests and measures of its errors."""
+    return absorbed.alone(ABSORBING[form]) if form in ABSORBING else FORMS[form]
 
 
 def applicable(variant: FlowVariant) -> tuple[str, ...]:
@@ -94,4 +107,5 @@ DESCRIPTOR = AttentionDescriptor(
     choose=choose,
     attributes=attributes,
     misfit=misfit,
+    absorbing=Absorbing(absorbed.OVERLOAD, ABSORBING),
 )

@@ -109,6 +109,27 @@ def channel_first_sums(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tens
 def _channel_first(
     q: Tensor, k: Tensor, v: Tensor, variant: FlowVariant, *, products: bool
 ) -> Tensor:
+    q, k, allocation, weight, mean = flows(q, k, variant, products=products)
+    context = (v * weight) @ k.transpose(2, 3)
+    if mean is not None:
+        context = context / mean
+    return ((context @ q) * allocation).permute(0, 3, 1, 2)
+
+
+def flows(
+    q: Tensor, k: Tensor, variant: FlowVariant, *, products: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute the features and all that Flow-Attention needs beside the values.
+
+    Args:
+        q: logits (B, H, D, L). k: (B, H, D, S).
+        products: sum by matrix products; by multiply and reduce where false.
+
+    Returns:
+        φ(q) and φ(k); the allocation divided by the incoming flow (B, H, 1, L);
+        each source's weight (B, H, 1, S); and the weights' mean (B, H, 1, 1), by
+        which the context is still to be divided, or None where it is not.
+    """
     q, k = feature_map(q, variant), feature_map(k, variant)
     eps, outer = variant.eps, variant.outer_eps
     one = q.new_ones(1)
@@ -141,12 +162,10 @@ def _channel_first(
     allocation = scaled(sink, sink_source_ratio(q, k, 3)).sigmoid() * per_incoming
     if variant.competition_axis == "tokens":
         weight = weights(source, variant, 3)
-        context = ((v * weight) @ k.transpose(2, 3)) / weight.mean(dim=3, keepdim=True)
-    else:
-        weight = weights(source, variant, 1)
-        competition = weight / weight.sum(dim=1, keepdim=True)
-        context = (v * scaled(competition, token_count(k, 3))) @ k.transpose(2, 3)
-    return ((context @ q) * allocation).permute(0, 3, 1, 2)
+        return q, k, allocation, weight, weight.mean(dim=3, keepdim=True)
+    weight = weights(source, variant, 1)
+    competition = weight / weight.sum(dim=1, keepdim=True)
+    return q, k, allocation, scaled(competition, token_count(k, 3)), None
 
 
 def token_major(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:

@@ -20,6 +20,9 @@ from flowexport.ops.flow_attention.op import variant_of
 
 TABLE = Path(__file__).with_name("table.json")
 
+WITH_LAYERS = ("_projected", "_absorbed")
+"""Forms of these suffixes change the linear layers around too; alone they equal another."""
+
 # Targets whose float16 artifacts compute in float32 (TFLite stores weights in half).
 _WIDE_ARITHMETIC = ("tflite",)
 
@@ -52,9 +55,9 @@ def choose(target: str, precision: str, site: AttentionSite) -> Choice:
         row = nearest(target, variant.causal, int(tokens), heads * width)
     if row is not None:
         measured = row["forms"].items()
-        if precision not in ("fp32", "fp16"):
-            # W xᵀ has its weight on the left, where no runtime has an integer kernel.
-            measured = [(f, r) for f, r in measured if not f.endswith("_projected")]
+        if precision != "fp32":
+            # Their weights are factors of products, which no quantiser stores in less.
+            measured = [(f, r) for f, r in measured if not f.endswith(WITH_LAYERS)]
         form, ratio = max(measured, key=lambda item: item[1], default=("published", 1.0))
         if ratio <= 1:
             form, ratio = "published", 1.0

@@ -85,7 +85,10 @@ def export(
         exported, misses = before_decomposition(
             exported, [op.overload for op in fused], [c.form for c in choices]
         )
-        choices = tuple(c.told(m) for c, m in zip(choices, misses, strict=True))
+        choices = tuple(
+            c.told(m).told(_not_absorbed(by_name[s.op], c.form))
+            for s, c, m in zip(kept, choices, misses, strict=True)
+        )
         exported = exported.run_decompositions({op.overload: _symbolic(op) for op in fused})
     model = _to_onnx(exported, program, opset)
     nodes = [n for n in model.graph.node if n.domain == DOMAIN]
@@ -163,6 +166,12 @@ def _choose(
             f"lower onnx {program.model}: form is {pinned!r}; expected one of {sorted(op.forms)}."
         )
     return Choice(pinned, program.pin_reason)
+
+
+def _not_absorbed(op: AttentionDescriptor, form: str) -> str | None:
+    """Say that the node leaves out the layers that a form would absorb, or None."""
+    absorbs = op.absorbing is not None and form in op.absorbing.forms
+    return f"a {op.name} node holds the attention alone" if absorbs else None
 
 
 def _attributes(op: AttentionDescriptor, arguments: tuple[Any, ...]) -> dict[str, Any]:

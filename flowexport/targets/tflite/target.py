@@ -36,6 +36,7 @@ from flowexport.targets.tflite.ends import ImageEnd, image_end
 from flowexport.targets.tflite.options import PRECISIONS, TFLiteOptions
 from flowexport.targets.tflite.quantise import quantise
 from flowexport.targets.tflite.ranges import ranges
+from flowexport.targets.tflite.reshapes import without_copies
 from flowexport.targets.tflite.session import TFLiteSession, delegations, file_feeds
 
 _CONVERTERS = {"litert-torch": "litert_torch", "ai-edge-quantizer": "ai_edge_quantizer"}
@@ -125,13 +126,14 @@ class TFLiteTarget:
         image = image_end(program.inputs, program.preprocessing, settings, where)
         ops = installed_ops()
         static = specialise(program, ops)
-        # The arithmetic is float32 whatever the weights are stored in: float32's form.
+        # What the weights are stored in decides the form; the arithmetic is float32.
         plain, choices = decompose(
-            replace(_folded(static), precision=Precision.FP32),
+            replace(_folded(static), precision=options.precision),
             self.name,
             ops,
             pinned=settings.form,
         )
+        plain = replace(plain, precision=Precision.FP32)
         functions = {name: specialise(f, ops) for name, f in program.functions.items()}
         others = {
             name: decompose(_folded(f), self.name, ops, pinned=settings.form)[0]
@@ -228,6 +230,7 @@ class TFLiteTarget:
         """
         self._require_runtime(path.name)
         model = flatbuffer.read_model(path)
+        without_copies(model)
         inputs, outputs = flatbuffer.signature(model)
         operators = flatbuffer.operator_counts(model)
         header, labels = metadata.read_files(path)
@@ -269,6 +272,7 @@ class TFLiteTarget:
     ) -> None:
         """Rewrite the file with its metadata inside and the labels behind it."""
         model = flatbuffer.read_model(path)
+        without_copies(model)
         inputs, outputs = flatbuffer.signature(model)
         described = metadata.metadata_buffer(
             program.model,

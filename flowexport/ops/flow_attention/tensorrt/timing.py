@@ -125,6 +125,7 @@ def contenders(
 
     from flowexport.ops.flow_attention.lowered import FORMS, applicable
     from flowexport.ops.flow_attention.op import op_arguments
+    from flowexport.ops.flow_attention.table import WITH_LAYERS
 
     arguments = op_arguments(variant)
     published = FORMS["published"]
@@ -146,7 +147,7 @@ def contenders(
     if short:
         result[EAGER] = lambda: lambda: published(q, k, v, *arguments)
     for name in applicable(variant):
-        if (name != "published" or short) and not name.endswith("_projected"):
+        if (name != "published" or short) and not name.endswith(WITH_LAYERS):
             result[f"{name}{COMPILED}"] = compiled(FORMS[name])
     qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
 
