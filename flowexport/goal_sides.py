@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from flowexport.baseline.programs import (
+    absorbed_products,
     features_and_products,
-    features_and_products_untransposed,
     projections_only,
     save_published,
 )
@@ -31,8 +31,6 @@ TOLERANCE = 5e-5
 CHECKED_STEPS = 32
 # Further sessions of a row: the bound with features and products, our own forward.
 PRODUCTS, OWN_FORWARD = "products", "own_forward"
-# In the layout that costs each runtime least.
-_PRODUCTS_OF = {"onnx": features_and_products, "tflite": features_and_products_untransposed}
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,8 @@ def published(row: Row, root: Path) -> dict[str, Artifact]:
     """Return the stock export of the published form, ours, and a layer's two bounds.
 
     The bounds are our conversion of the same layer with less in it: its projections alone
-    (``limit``), and these with the features and the two matrix products a head (``products``).
+    (``limit``), and these with the features and the products (``products``), in the layout
+    that costs the runtime least.
     """
     if row.kind == "layer":
         module = layer(row.tokens, row.heads, row.width, "vision").eval()
@@ -138,9 +137,38 @@ def published(row: Row, root: Path) -> dict[str, Artifact]:
     artifacts = {BASELINE: _stock(row, module, inputs, root)}
     artifacts[OURS] = _converted(row, module, inputs, ["y"], root / OURS)
     if row.kind == "layer":
-        for bound, function in ((LIMIT, projections_only), (PRODUCTS, _PRODUCTS_OF[row.target])):
-            artifacts[bound] = _replaced(row, module, inputs, function, root / bound)
+        artifacts[LIMIT] = _replaced(row, module, inputs, projections_only, root / LIMIT)
+        artifacts[PRODUCTS] = products_bound(row, module, inputs, root / PRODUCTS)
     return artifacts
+
+
+def products_bound(row: Row, module: Any, inputs: Sequence[TensorSpec], out: Path) -> Artifact:
+    """Return our conversion of a layer's features, products and projections, without a flow."""
+    if row.target != "tflite":
+        return _replaced(row, module, inputs, features_and_products, out)
+    import torch
+    from torch import nn
+
+    from flowexport.ops.flow_attention import VARIANTS, op_arguments
+
+    class Absorbed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = module.proj
+            weights = module.qkv.weight.detach().chunk(3)
+            biases = module.qkv.bias.detach().chunk(3)
+            self.q, self.k, self.v = (
+                nn.utils.skip_init(nn.Linear, w.shape[1], w.shape[0]) for w in weights
+            )
+            for linear, w, b in zip((self.q, self.k, self.v), weights, biases, strict=True):
+                linear.weight.data, linear.bias.data = w, b
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k = (f(x).unflatten(-1, (row.heads, row.width)) for f in (self.q, self.k))
+            weights = (self.v.weight, self.proj.weight, self.proj.bias)
+            return absorbed_products(q, k, x, *weights, *op_arguments(VARIANTS["vision"]))
+
+    return _converted(row, Absorbed(), inputs, ["y"], out)
 
 
 def _replaced(
@@ -169,7 +197,7 @@ def softmax(row: Row, root: Path) -> dict[str, Artifact]:
     inputs = _core_inputs(row)
     core = _core(row, "vision")
     ours = _converted(row, core, inputs, ["y"], root / OURS)
-    products = _replaced(row, core, inputs, _PRODUCTS_OF[row.target], root / PRODUCTS)
+    products = _replaced(row, core, inputs, features_and_products, root / PRODUCTS)
     shape = list(inputs[0].shape)
     domain = "com.microsoft"
     graph = helper.make_graph(

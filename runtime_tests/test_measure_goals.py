@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 
 from flowexport import measure_goals
 from flowexport.core.errors import VerificationError
+from flowexport.core.types import TensorSpec
+from flowexport.goal_sides import products_bound
+from flowexport.measure_forms import layer
 from flowexport.measure_goals import ROWS, Row, measure_row
 
 TINY = {
@@ -49,6 +53,21 @@ def test_a_row_compares_then_measures(kind: str) -> None:
         assert found["memory"]["ours_extra_bytes"] > 0 and found["form"].startswith("causal_")
     text = measure_goals.line(found)
     assert row.name in text and ("not reached" in text) is (kind == "causal")
+
+
+def test_the_litert_bound_holds_features_and_products_alone(tmp_path: Path) -> None:
+    row = Row("layer", "tflite", 12, 2, 4, wanted=1.0)
+    inputs = [TensorSpec("x", (1, 12, 8))]
+    bound = products_bound(row, layer(12, 2, 4, "vision").eval(), inputs, tmp_path / "bound")
+    assert bound.details["delegation"]["serving_default"]["partitions"] == 1
+    counts = bound.details["operators"]
+    assert {n: c for n, c in counts.items() if n not in ("RESHAPE", "TRANSPOSE")} == {
+        "FULLY_CONNECTED": 2,  # q, k
+        "LOGISTIC": 2,
+        "BATCH_MATMUL": 4,  # kᵀ x and q M of the projections' size, two small ones between
+        "ADD": 1,  # the output's bias
+    }
+    assert counts["TRANSPOSE"] <= 3
 
 
 @pytest.mark.slow  # three LiteRT conversions

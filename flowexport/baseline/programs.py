@@ -36,7 +36,6 @@ def features_and_products(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> T
     """Return φ(q) (φ(k)ᵀ v): what every form of Flow-Attention computes, and nothing else.
 
     No flow, no competition, no allocation: plain linear attention, as a bound for the forms.
-    Only one that takes v's and the output's projection into the products could pass it.
     All channels-first, which costs ONNX Runtime least.
 
     Args:
@@ -51,11 +50,36 @@ def features_and_products(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> T
     return ((v @ k.transpose(2, 3)) @ q).permute(0, 3, 1, 2)
 
 
-def features_and_products_untransposed(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
-    """Compute as :func:`features_and_products`, without a transposed factor: for XNNPACK."""
-    q, k = _features(q, k, arguments)
-    context = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)  # (B, H, D, M)
-    return (q.transpose(1, 2) @ context).transpose(1, 2)
+def absorbed_products(
+    q: Tensor,
+    k: Tensor,
+    x: Tensor,
+    value_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    *arguments: Any,
+) -> Tensor:
+    """Return φ(q) (φ(k)ᵀ x Wᵥᵀ) Wₒᵀ + bₒ: :func:`features_and_products` of a whole layer.
+
+    Both projections are in the products, as in the form ``channel_first_absorbed``, and
+    v has no bias: the two features, four dense products of the projections' size, two
+    transposes in and one out. This costs XNNPACK least.
+
+    Args:
+        q: logits (B, L, H, D). k: (B, S, H, D). x: what v is projected from, (B, S, C).
+        value_weight: (H·M, C). out_weight: (C_out, H·M). out_bias: (C_out,) or None.
+        *arguments: the operator's arguments after v.
+
+    Returns:
+        (B, L, C_out).
+    """
+    heads = (q.shape[2], value_weight.shape[0] // q.shape[2])
+    q, k = (y.permute(0, 2, 3, 1).flatten(1, 2) for y in _features(q, k, arguments))
+    context = (k @ x).unflatten(1, (heads[0], -1))  # (B, H, D, C)
+    context = context @ value_weight.unflatten(0, heads).transpose(1, 2)
+    context = context @ out_weight.transpose(0, 1).unflatten(0, heads)
+    y = q.transpose(1, 2) @ context.flatten(1, 2)
+    return y if out_bias is None else y + out_bias
 
 
 def _features(q: Tensor, k: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
