@@ -15,6 +15,7 @@ import numpy as np
 
 from flowexport.bundle import Bundle
 from flowexport.core.errors import CheckpointError, InputError, UnknownNameError
+from flowexport.core.reports import CaseResult, Tolerance
 from flowexport.core.types import Target, TensorSpec
 from flowexport.evidence import check_files, check_manifest
 from flowexport.parity.bisect import Bisection, Step, Value
@@ -106,7 +107,7 @@ def bisect(
             continue
         progress.stage(f"run {target}, {name}")
         entry = opened.manifest["targets"][target]["tolerance"]
-        worst = _worst(found, trial, case, threads, entry["max_rel"], progress)
+        worst = _worst(found, trial, case, threads, Tolerance.from_json(entry), progress)
         if chosen is None or worst.error > worst.limit:
             chosen = trial, worst
         if worst.error > worst.limit:
@@ -260,21 +261,34 @@ class _Worst:
     limit: float
 
 
+def _inside(trial: Trial, tolerance: Tolerance) -> list[str]:
+    """Return the cases that a file's calibrated ranges hold; all of them where they hold none."""
+    artifact = trial.artifact
+    clipping = artifact.details.get("clipping", {})
+    prefix = f"{artifact.entry}/" if artifact.entry in artifact.functions else ""
+    held = [
+        name
+        for name in trial.cases
+        if not CaseResult(name, "", **clipping.get(prefix + name, {})).outside(tolerance)
+    ]
+    return held or list(trial.cases)
+
+
 def _worst(
     target: Target,
     trial: Trial,
     case: str | None,
     threads: int,
-    max_rel: float,
+    tolerance: Tolerance,
     progress: Progress,
 ) -> _Worst:
-    """Run a function's cases, or one of them."""
+    """Run a function's cases inside the calibrated ranges, or one that is asked for."""
     from flowexport.parity import run_batched
 
     dtypes = {s.name: s.dtype for s in trial.artifact.outputs}
-    worst = _Worst("", -1.0, max_rel)
+    worst = _Worst("", -1.0, tolerance.max_rel)
     with target.load(trial.artifact, threads=threads) as session:
-        names = [case] if case is not None else list(trial.cases)
+        names = [case] if case is not None else _inside(trial, tolerance)
         for done, name in enumerate(names):
             progress.step(done, len(names), name)
             outputs = run_batched(session, trial.cases[name])
@@ -282,7 +296,7 @@ def _worst(
                 found = compare(name, output, outputs[output], reference, dtype=dtypes[output])
                 error = float("inf") if found.max_rel is None else found.max_rel
                 noise = limit(trial.noise.get(name, {}).get(output), trial.artifact.precision)
-                most = max_rel if noise is None else min(max_rel, noise)
+                most = tolerance.max_rel if noise is None else min(tolerance.max_rel, noise)
                 if error / most > worst.error / worst.limit:
                     worst = _Worst(name, error, most)
     return worst

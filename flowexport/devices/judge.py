@@ -132,7 +132,8 @@ def _cases(golden: Sequence[Mapping[str, Any]], reference: Reference) -> list[Ca
                 results.append(CaseResult(name, output, problem=value))
             elif output in expected:
                 dtype = reference.dtypes.get(output, "float32")
-                results.append(compare(name, output, value, expected[output], dtype=dtype))
+                found = compare(name, output, value, expected[output], dtype=dtype)
+                results.append(replace(found, **reference.clipping.get(name, {})))
             else:
                 results.append(CaseResult(name, output, problem="is no golden output"))
     return results

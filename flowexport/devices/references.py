@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Reference:
         inputs: (source, case) of the preprocessing -> input -> array.
         input_max_abs: source -> what an input may differ.
         origin: the package or bundle.
+        clipping: golden case -> what the file's calibrated ranges clip of it.
     """
 
     sha256: str
@@ -45,6 +47,7 @@ class Reference:
     inputs: Mapping[tuple[str, str], Mapping[str, np.ndarray]] = field(default_factory=dict)
     input_max_abs: Mapping[str, float] = field(default_factory=dict)
     origin: str = ""
+    clipping: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def collect(packages: Sequence[Path], bundles: Sequence[Path]) -> dict[Key, Reference]:
@@ -99,6 +102,7 @@ def from_package(path: Path) -> dict[Key, Reference]:
                 inputs=inputs,
                 input_max_abs=limits,
                 origin=f"package {path}",
+                clipping=file.get("clipping", {}),
             )
     return found
 
@@ -121,6 +125,7 @@ def from_bundle(path: Path) -> dict[Key, Reference]:
             top1=evaluation.reference_logits.argmax(axis=1) if evaluation else None,
             classes=len(bundle.manifest["labels"]) or None,
             origin=f"bundle {path}",
+            clipping=artifact.details.get("clipping", {}),
         )
         step = artifact.functions.get(STEP)
         if step is not None:

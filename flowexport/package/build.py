@@ -217,6 +217,7 @@ class _Model:
         place, parts = self._ship(artifact.path, target)
         tolerance = Tolerance.from_json(self.bundle.manifest["targets"][target]["tolerance"])
         found = report if report is not None and report.verdict is Verdict.PASS else None
+        clipping = artifact.details.get("clipping", {})
         return {
             "path": place.relative_to(self.root).as_posix(),
             "sha256": artifact.sha256,
@@ -227,6 +228,7 @@ class _Model:
             "outputs": [s.to_json() for s in artifact.outputs],
             "fusions": dict(artifact.fusions),
             "tolerance": tolerance.to_json(),
+            **({"clipping": clipping} if clipping else {}),
             "verification": {
                 "verdict": (Verdict.PASS if found else Verdict.NOT_RUN).value,
                 "runtime": found.runtime_label if found else None,

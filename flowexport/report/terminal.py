@@ -46,6 +46,8 @@ def summary_table(
         reason = report.reason if report else "not verified"
         if reason:
             note.append(("\n" if note.plain else "") + reason, style=STYLES[verdict])
+        if report and report.outside:
+            note.append(f"\n{_outside(report)}", style=STYLES[Verdict.NOT_RUN])
         if report and report.fix:
             note.append(f"\nfix: {report.fix}", style="dim")
         table.add_row(
@@ -59,3 +61,12 @@ def summary_table(
             note,
         )
     return table
+
+
+def _outside(report: ParityReport) -> str:
+    """Say which cases were run and not judged."""
+    worst = max(report.outside, key=lambda c: c.clipped or 0.0)
+    return (
+        f"outside the calibrated ranges, not judged: {', '.join(c.case for c in report.outside)}"
+        f" ({worst.layer} needs {number(worst.stretch)} times its range)"
+    )

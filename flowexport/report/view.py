@@ -95,7 +95,7 @@ def _target(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any]) ->
         "anchor": "target-" + "".join(c if c.isalnum() else "-" for c in name),
         "made": made,
         "verdict": verdict,
-        "words": VERDICT_WORDS[verdict],
+        "words": _words(verdict, cases),
         "reason": reason,
         "fix": parity.get("fix") or (None if parity else "flowexport verify BUNDLE"),
         "problems": parity.get("problems", []),
@@ -121,6 +121,16 @@ def _target(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any]) ->
         "delegation": _delegation(details.pop("delegation", None)),
         "details": {k: v for k, v in details.items() if not str(k).startswith("deterministic")},
     }
+
+
+def _words(verdict: str, cases: Sequence[Mapping[str, Any]]) -> str:
+    outside = sum(c["verdict"] == OUTSIDE for c in cases)
+    if verdict != "PASS" or not outside:
+        return VERDICT_WORDS[verdict]
+    return (
+        f"Every expected comparison was made, and all but {outside} are within its tolerance."
+        f" {outside} of drawn inputs lie outside the calibrated ranges: not judged."
+    )
 
 
 def _delegation(entry: Any) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def quantise_activations(
         path = Path(folder) / f"{program.model}.mlpackage"
         model.save(str(path))
         peaks = measure_peaks(path, set(operators.values()), _feeds(samples, image), where)
-        read = {f"{layers[name]} input": value for name, value in operators.items()}
+        read = {f"{layers.get(name, name)} input": value for name, value in operators.items()}
         cases = {
             case: _feeds(feeds, image)
             for case, feeds in read_probes(options.calibration, function).items()
