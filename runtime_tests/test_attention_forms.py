@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,8 @@ from flowexport.ops.flow_attention import (
 from flowexport.ops.flow_attention.causal import causal_chunked, exclusive_prefix
 from flowexport.ops.flow_attention.causal_half import causal_means
 from flowexport.ops.flow_attention.half import chunks
-from flowexport.ops.flow_attention.lowered import FORMS, applicable, attention_of
+from flowexport.ops.flow_attention.lowered import FORMS, STATIC_LENGTH, applicable, attention_of
+from flowexport.ops.segments import loops, over_segments
 
 # Beside the published variants: a clamp so wide that exp needs the maximum, and a causal one.
 ALL = {
@@ -144,7 +146,7 @@ def test_no_bare_reciprocal(name: str, form: str) -> None:
 
 
 KINDS = ("vision", "timeseries", "lra", "mobile", "causal")
-DYNAMIC = [(n, f) for n, f in PAIRS if not f.startswith("causal_chunked") and n in KINDS]
+DYNAMIC = [(n, f) for n, f in PAIRS if f not in STATIC_LENGTH and n in KINDS]
 
 
 @pytest.mark.parametrize(("name", "form"), DYNAMIC)
@@ -193,28 +195,39 @@ def test_prefix_over_chunks_in_two_levels(count: int) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, v in ALL.items() if v.causal])
-@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 2), (6, 3), (5, 5), (4, 4)])
-def test_heads_in_groups_equal_the_reference(
-    name: str, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("length", "segments"), [(128, 1), (192, 2), (300, 3), (385, 4)])
+def test_segments_equal_the_reference(
+    name: str, length: int, segments: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    width, value_width, length = 4, 6, 131
-    monkeypatch.setattr(causal, "GROUP", -(-length * value_width * heads // groups))
-    assert causal._groups(heads, length * value_width * heads) == groups
+    monkeypatch.setattr(causal, "SEGMENT", 2)
+    sizes = []
+
+    def counted(step, carry, tokens, size):  # type: ignore[no-untyped-def]
+        sizes.append(tokens[0].shape[1] // size)
+        return over_segments(step, carry, tokens, size)
+
+    monkeypatch.setattr(causal, "over_segments", counted)
     for at, shape in RANGES.items():
-        q, k, v = inputs(2, length, length, heads, width, value_width, 5)
+        q, k, v = inputs(2, length, length, 3, 4, 6, 5)
         q, k = shape(q), shape(k)
-        assert error("causal_chunked_heads", q, k, v, ALL[name]) <= EXACT, at
-    whole = FORMS["causal_chunked"](q, k, v, *op_arguments(ALL[name]))
-    parts = FORMS["causal_chunked_heads"](q, k, v, *op_arguments(ALL[name]))
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+        assert error("causal_scan", q, k, v, ALL[name]) <= EXACT, at
+    assert set(sizes) == ({segments} if segments > 1 else set())
 
 
-@pytest.mark.parametrize(
-    ("heads", "elements", "groups"),
-    [(8, 1 << 17, 1), (8, (1 << 17) + 1, 2), (8, 1 << 21, 8), (7, 1 << 18, 7), (3, 0, 1)],
-)
-def test_groups_divide_the_heads(heads: int, elements: int, groups: int) -> None:
-    assert causal._groups(heads, elements) == groups and heads % groups == 0
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_loop_takes_the_same_segments(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scan(body, carry, stacked):  # type: ignore[no-untyped-def]
+        results = []
+        for own in zip(*stacked, strict=True):
+            carry, result = body(carry, own)
+            results.append(result)
+        return carry, torch.stack(results)
+
+    monkeypatch.setattr(importlib.import_module("torch._higher_order_ops.scan"), "scan", scan)
+    monkeypatch.setattr(causal, "SEGMENT", 1)
+    q, k, v = inputs(batch, 150, 150, 2, 3, 4, 7)
+    with loops():
+        assert error("causal_scan", q, k, v, ALL["causal-wide"]) <= EXACT
 
 
 def test_long_causal_sequence_takes_two_levels() -> None:

@@ -57,7 +57,29 @@ def test_rows_are_of_known_forms_and_never_slower() -> None:
             site(row["tokens"], 1, row["channels"], "causal" if row["causal"] else "vision"),
         )
         assert row["forms"].get(choice.form, 1.0) >= 1.0
-        assert row["forms"].get(choice.form, 1.0) == max(1.0, *row["forms"].values())
+        others = [r for f, r in row["forms"].items() if f != table.SEGMENTED]
+        assert row["forms"].get(choice.form, 1.0) == max(1.0, *others)  # the batch is dynamic
+
+
+@pytest.mark.parametrize(
+    ("segmented", "batch", "form"),
+    [
+        (1.91, 1, "causal_scan"),
+        (1.89, 1, "causal_chunked"),
+        (2.1, 1, "causal_scan"),
+        (2.1, "batch", "causal_chunked"),
+    ],
+)
+def test_the_form_of_least_memory_is_taken_where_nearly_as_fast(
+    segmented: float, batch: int | str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = {"causal_chunked": 2.0, "causal_scan": segmented}
+    row = {"target": "onnx", "causal": True, "tokens": 64, "channels": 16, "forms": forms}
+    monkeypatch.setattr(table, "rows", lambda: (row,))
+    shape = (batch, 64, 2, 8)
+    where = AttentionSite("FlowAttention", "", *[shape] * 3, op_arguments(VARIANTS["causal"]))
+    choice = table.choose("onnx", "fp32", where)
+    assert choice.form == form and choice.reason.startswith(f"{forms[form]:.2f}x the published")
 
 
 def test_written_rows_replace_those_of_the_same_size(

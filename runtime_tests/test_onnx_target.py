@@ -16,8 +16,17 @@ import torch
 
 from flowexport.core.errors import BundleError, ConversionError, FlowExportError, InputError
 from flowexport.core.types import Artifact, Options, Precision
-from flowexport.ops.flow_attention import VARIANTS
+from flowexport.ops.descriptor import AttentionSite
+from flowexport.ops.flow_attention import (
+    VARIANTS,
+    FlowVariant,
+    causal,
+    flow_attention_reference,
+    op_arguments,
+)
+from flowexport.ops.flow_attention.lowered import FORMS
 from flowexport.targets.onnx import TARGET
+from flowexport.targets.onnx.function import body_of_this_size
 from flowexport.targets.onnx.read import inline
 
 # Two attentions and three linears in fp32: sums of up to 48 terms of 6e-8 each.
@@ -197,6 +206,30 @@ def test_form_that_fixes_its_sizes_gets_a_function_a_shape(
     for batch in (1, 3):
         x = programs.sample(batch)
         assert programs.relative(run(artifact, x), programs.truth(module, x)) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("batch", [1, "batch"])
+def test_long_causal_sequence_is_a_loop_where_the_batch_is_static(
+    batch: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal, "SEGMENT", 2)
+    # So wide a clamp that the largest exponent is carried too; 2 segments, padding in the last.
+    variant = FlowVariant(clamp=(-40.0, 40.0), causal=True)
+    arguments = op_arguments(variant)
+    shapes = [(batch, 150, 2, size) for size in (3, 3, 4)]
+    site = AttentionSite("FlowAttention", "", *shapes, arguments)
+    body = body_of_this_size(FORMS["causal_scan"], site, torch.float32, opset=20)
+    loops = [n.attribute[0].g for n in body.graph.node if n.op_type == "Scan"]
+    assert len(loops) == (batch == 1)
+    for graph in loops or [body.graph]:
+        assert sum(n.op_type == "MatMul" for n in graph.node) > 12
+    session = onnxruntime.InferenceSession(body.SerializeToString())
+    size = 2 if batch == "batch" else 1
+    tokens = [torch.randn(size, *shape[1:], dtype=torch.float64) * 3 for shape in shapes]
+    truth = flow_attention_reference(*tokens, variant)
+    feeds = {n: x.float().numpy() for n, x in zip("qkv", tokens, strict=True)}
+    worst = np.abs(session.run(None, feeds)[0] - truth.numpy()).max()
+    assert worst <= 2e-5 * truth.abs().max()  # float32 sums
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])

@@ -12,6 +12,7 @@ one. Both forms equal the reference up to rounding, ε included.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,10 +24,13 @@ from flowexport.ops.flow_attention.noncausal import weights
 from flowexport.ops.flow_attention.op import variant_of
 from flowexport.ops.flow_attention.reference import check_inputs, feature_map
 from flowexport.ops.flow_attention.variant import FlowVariant
+from flowexport.ops.segments import over_segments
 
 CHUNK = 64
-# Elements of a tensor that a group of heads may have: half a megabyte in float32.
-GROUP = 1 << 17
+# Chunks of a segment: at eight heads of 64 its tensors have half a megabyte in float32.
+SEGMENT = 4
+# A finite stand-in for −∞, as in streaming: no exponent is below it, and exp of it is 0.
+LOWEST = -1e4
 
 
 def _causal_variant(
@@ -83,7 +87,7 @@ def causal_triangular(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tenso
 
 
 def exclusive_prefix(x: Tensor) -> Tensor:
-    """Return the sum over the earlier chunks, (BH, G, R, C) -> (BH, G, R, C).
+    """Return the sum over the earlier chunks, (B, G, ...) -> (B, G, ...).
 
     A strictly lower-triangular product over G; beyond 64 chunks in two levels,
     so the triangles grow as G^½ blocks of 64, not as G².
@@ -118,35 +122,38 @@ def causal_chunked(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     Args and Returns: as :func:`causal_triangular`.
     """
     variant = _causal_variant(q, k, v, arguments, "causal_chunked")
-    return _chunked(q, k, v, variant, _static_length(q, "causal_chunked"))
+    length = _static_length(q, "causal_chunked")
+    batch, heads, width = q.shape[0], q.shape[2], v.shape[3]
+    tokens = padded(q, k, v, -(-length // CHUNK) * CHUNK)
+    result, _ = _segment(variant, None, *tokens)
+    result = result.reshape(batch, tokens[0].shape[1], heads, width)
+    return result if result.shape[1] == length else result[:, :length]
 
 
-def causal_chunked_heads(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
-    """Compute as :func:`causal_chunked`, a few heads at a time: for very long L.
+def causal_scan(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Compute as :func:`causal_chunked`, 256 tokens after 256: for long L.
 
-    No head knows another, so the result is the same. What is alive at once
-    shrinks to a group's share, at most 2^17 elements a tensor unless one head
-    alone has more: at L = 4,096 with 8 heads of 64 ONNX Runtime needs 69 MB
-    extra in place of 113. Slicing costs time and the nodes grow with the groups.
+    What a segment needs of the earlier ones is a carry of fixed size, as in
+    streaming, so only a segment's intermediates are alive at once and stay in
+    the processor's caches. A target that has loops gets one
+    (:func:`~flowexport.ops.segments.loops`), the others a copy a segment.
 
     Args and Returns: as :func:`causal_triangular`.
     """
-    variant = _causal_variant(q, k, v, arguments, "causal_chunked_heads")
-    length, heads = _static_length(q, "causal_chunked_heads"), q.shape[2]
-    groups = _groups(heads, length * heads * max(q.shape[3], v.shape[3]))
-    if groups == 1:
-        return _chunked(q, k, v, variant, length)
-    parts = []
-    for i in range(groups):
-        # Every groups-th head: ONNX Runtime makes neighbours' slices one Split, all alive at once.
-        q_own, k_own, v_own = (x[:, :, i::groups] for x in (q, k, v))
-        parts.append(_chunked(q_own, k_own, v_own, variant, length))
-    return torch.stack(parts, dim=3).flatten(2, 3)
-
-
-def _groups(heads: int, elements: int) -> int:
-    """Return the least divisor of ``heads`` whose share of ``elements`` is at most 2^17, or all."""
-    return next((n for n in range(1, heads) if heads % n == 0 and elements <= n * GROUP), heads)
+    variant = _causal_variant(q, k, v, arguments, "causal_scan")
+    length = _static_length(q, "causal_scan")
+    batch, heads, value_width = q.shape[0], q.shape[2], v.shape[3]
+    size = segment_size(length)
+    if size >= length:
+        return causal_chunked(q, k, v, *arguments)
+    rows = heads * q.shape[3]
+    flows = (q.new_full((batch, 1, rows), variant.eps) for _ in range(4))
+    highest = (q.new_full((batch, 1, heads), LOWEST),) if variant.needs_maximum else ()
+    context = q.new_zeros(batch, 1, rows * value_width)
+    carry = (*flows, q.new_zeros(batch, 1, heads), *highest, context)
+    tokens = padded(q, k, v, -(-length // size) * size)
+    result = over_segments(functools.partial(_segment, variant), carry, tokens, size)
+    return result if result.shape[1] == length else result[:, :length]
 
 
 def _static_length(q: Tensor, form: str) -> int:
@@ -159,68 +166,122 @@ def _static_length(q: Tensor, form: str) -> int:
     return length
 
 
-def _chunked(q: Tensor, k: Tensor, v: Tensor, variant: FlowVariant, length: int) -> Tensor:
-    batch, heads, width = q.shape[0], q.shape[2], q.shape[3]
-    eps, outer = variant.eps, variant.outer_eps
+def segment_size(length: int) -> int:
+    """Return how many tokens a segment has: whole chunks, at most 256, as equal as they can be."""
     count = -(-length // CHUNK)
-    rest = count * CHUNK - length
-    if rest:  # logits of 0: their features are positive, features of 0 would give 0/0
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, rest)) for x in (q, k, v))
+    segments = max(-(-count // SEGMENT), 1)
+    return -(-count // segments) * CHUNK
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Return q, k, v with logits of 0 up to ``size`` tokens, n = 1, 2, ..., and any padding's mask.
+
+    Logits of 0 have positive features; features of 0 would give 0/0.
+    """
+    length = q.shape[1]
+    n = torch.arange(1, size + 1, dtype=q.dtype, device=q.device).reshape(1, size, 1, 1)
+    if size == length:
+        return q, k, v, n
+    return *(F.pad(x, (0, 0, 0, 0, 0, size - length)) for x in (q, k, v)), n, n <= length
+
+
+def _segment(
+    variant: FlowVariant,
+    carry: tuple[Tensor, ...] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n: Tensor,
+    real: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Compute whole chunks of tokens.
+
+    Args:
+        carry: what the tokens before sum to: k, q, k y, q x, each plus ε (B, 1, HD), the
+            weights and, where the variant needs it, their largest exponent (B, 1, H), the
+            context (B, 1, HDM). None: no tokens before, none to come.
+        q: logits (B, L, H, D). k: (B, L, H, D). v: (B, L, H, M). L a multiple of 64.
+        n: 1, 2, ... of the tokens, (1, L, 1, 1). real: which are no padding, None for all.
+
+    Returns:
+        (BG, 64, H, M) and the carry behind these tokens, empty for None.
+    """
+    batch, length, heads = q.shape[:3]
+    eps, outer, count = variant.eps, variant.outer_eps, length // CHUNK
     q, k, v = (x.reshape(batch * count, CHUNK, heads, x.shape[3]) for x in (q, k, v))
-    q = feature_map(q, variant).permute(0, 2, 1, 3)  # (BG, H, c, D)
-    kt = feature_map(k, variant).permute(0, 2, 3, 1)  # (BG, H, D, c)
+    q = feature_map(q.permute(0, 2, 1, 3), variant)  # (BG, H, c, D)
+    kt = feature_map(k.permute(0, 2, 3, 1), variant)  # (BG, H, D, c)
     v = v.permute(0, 2, 1, 3)
-    n = torch.arange(1, count * CHUNK + 1, dtype=q.dtype, device=q.device)
     n = n.reshape(count, 1, CHUNK)
+    real = None if real is None else real.reshape(count, 1, CHUNK)
     lower = torch.ones(CHUNK, CHUNK, dtype=q.dtype, device=q.device).tril()
     upper = torch.ones(CHUNK, CHUNK, dtype=q.dtype, device=q.device).triu()
+    upper_eps = upper * eps
     product = q @ kt  # (BG, H, c, c)
     past, future = product * lower, product * upper
     q_sum, k_sum = q.sum(dim=3), kt.sum(dim=2)  # (BG, H, c)
-    q_rest = (q_sum + width * eps) * eps + outer
-    k_rest = (k_sum + width * eps) * eps + outer
+    behind: list[Tensor] = []
 
     def by_chunk(x: Tensor) -> Tensor:  # (BG, ...) -> (B, G, ...)
         return x.unflatten(0, (batch, count))
 
-    def before(x: Tensor) -> Tensor:  # (BG, H, R, C): the sum over earlier chunks
-        flat = by_chunk(x.flatten(1, 2))
-        return exclusive_prefix(flat).flatten(0, 1).unflatten(1, (heads, x.shape[2]))
+    def before(x: Tensor, start: Tensor | float | None) -> Tensor:
+        """Return start plus the sum over the earlier chunks, (BG, ...) -> (BG, ...)."""
+        flat = by_chunk(x.flatten(1))
+        sums = exclusive_prefix(flat)
+        if start is not None:
+            sums = sums + start
+        if carry is not None:
+            behind.append(sums[:, count - 1 :] + flat[:, count - 1 :])
+        return sums.reshape(x.shape)
 
-    def sinks(weight: Tensor | None = None) -> Tensor:
-        """Σ_{s≤t} (q_t + ε) · k_s w_s + ε Σ (q_t + ε) + ε₂, (B, G, H, c)."""
-        if weight is None:
-            inside, sums, moment = past.sum(dim=3), k_sum, kt.sum(dim=3, keepdim=True)
-        else:
-            column = weight.flatten(0, 1).unsqueeze(3)
-            inside, moment = (past @ column).squeeze(3), kt @ column
-            sums = k_sum * weight.flatten(0, 1)
-        earlier = before(moment)  # (BG, H, D, 1)
-        outside = (q @ earlier).squeeze(3) + earlier.sum(dim=2) * eps
-        return by_chunk(inside + (sums @ upper) * eps + outside + q_rest)
+    def flow(inside: Tensor, outside: Tensor, sums: Tensor, total: Tensor) -> Tensor:
+        """Σ_{s≤t} (a_t + ε) · b_s + ε Σ (a_t + ε) + ε₂, (B, G, H, c); sums, total: Σ_d b."""
+        result = inside + sums @ upper_eps + (outside + total * eps)
+        return by_chunk(result + outer if outer else result)
 
-    def sources(weight: Tensor | None = None) -> Tensor:
-        """Σ_{s≤t} (k_t + ε) · q_s w_s + ε Σ (k_t + ε) + ε₂, (B, G, H, c)."""
-        if weight is None:
-            inside, sums, moment = future.sum(dim=2), q_sum, q.sum(dim=2, keepdim=True)
-        else:
-            row = weight.flatten(0, 1).unsqueeze(2)
-            inside, moment = (row @ future).squeeze(2), row @ q
-            sums = q_sum * weight.flatten(0, 1)
-        earlier = before(moment)  # (BG, H, 1, D)
-        outside = (earlier @ kt).squeeze(2) + earlier.sum(dim=3) * eps
-        return by_chunk(inside + (sums @ upper) * eps + outside + k_rest)
+    def sink_flow(inside: Tensor, sums: Tensor, moment: Tensor, start: Tensor | float) -> Tensor:
+        earlier = before(moment, start)  # (BG, H, D, 1); ε is in the start
+        return flow(inside, (q @ earlier).squeeze(3), sums, earlier.sum(dim=2))
 
-    x, y = n / sinks(), n / sources()
-    sink, source = sinks(y) / n, sources(x) / n
-    if rest and variant.needs_maximum:
-        # Padding must not raise the maximum: it would push all real weights to 0.
-        real = torch.arange(count * CHUNK, device=q.device).reshape(count, 1, CHUNK) < length
-        source = torch.where(real, source, source[:, :1, :, :1])
-    weight = weights(source, variant, 1, 3)
-    total = weight @ upper + exclusive_prefix(weight.sum(dim=3, keepdim=True))
+    def source_flow(inside: Tensor, sums: Tensor, moment: Tensor, start: Tensor | float) -> Tensor:
+        earlier = before(moment, start)  # (BG, H, 1, D)
+        return flow(inside, (earlier @ kt).squeeze(2), sums, earlier.sum(dim=3))
+
+    starts = (eps,) * 4 if carry is None else carry[:4]
+    x = n / sink_flow(past.sum(dim=3), k_sum, kt.sum(dim=3, keepdim=True), starts[0])
+    y = n / source_flow(future.sum(dim=2), q_sum, q.sum(dim=2, keepdim=True), starts[1])
+    own_x, own_y = x.flatten(0, 1), y.flatten(0, 1)  # (BG, H, c)
+    column, row = own_y.unsqueeze(3), own_x.unsqueeze(2)
+    sink = sink_flow((past @ column).squeeze(3), k_sum * own_y, kt @ column, starts[2]) / n
+    source = source_flow((row @ future).squeeze(2), q_sum * own_x, row @ q, starts[3]) / n
+    weight, total, highest = _weights(source, real, carry, variant)
+    total = weight @ upper + by_chunk(before(weight.sum(dim=3).flatten(0, 1), total).unsqueeze(2))
+    behind += highest
     valued = v * (weight * n / total).flatten(0, 1).unsqueeze(3)
-    result = past @ valued + q @ before(kt @ valued)
-    result = result * (x / n * sink.sigmoid()).flatten(0, 1).unsqueeze(3)
-    result = result.permute(0, 2, 1, 3).reshape(batch, count * CHUNK, heads, v.shape[3])
-    return result[:, :length] if rest else result
+    context = before(kt @ valued, None if carry is None else carry[-1])
+    result = (past @ valued + q @ context) * (x / n * sink.sigmoid()).flatten(0, 1).unsqueeze(3)
+    return result.permute(0, 2, 1, 3), tuple(behind)
+
+
+def _weights(
+    source: Tensor, real: Tensor | None, carry: tuple[Tensor, ...] | None, variant: FlowVariant
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Return the weights (B, G, H, c), those before them (B, 1, H), the largest exponent so far.
+
+    Without a clamp that keeps exp small the shift is the largest so far: an earlier total
+    follows it by a factor; what the context holds is divided by its own total already.
+    """
+    if variant.needs_maximum and real is not None:
+        # Padding must not raise the maximum: it would push all real weights to 0.
+        source = torch.where(real, source, source[:, :1, :, :1])
+    if carry is None:
+        return weights(source, variant, 1, 3), None, []
+    if not variant.needs_maximum:
+        return weights(source, variant), carry[4], []
+    total, highest = carry[4:6]
+    if variant.clamp is not None:
+        source = source.clamp(*variant.clamp)
+    shift = torch.maximum(highest, source.amax(dim=(1, 3)).unsqueeze(1))
+    weight = (source - shift.unsqueeze(3)).exp()
+    return weight, total * (highest - shift).exp(), [shift]

@@ -15,7 +15,7 @@ from flowexport.ops.descriptor import Absorbing, AttentionDescriptor, AttentionS
 from flowexport.ops.flow_attention import absorbed
 from flowexport.ops.flow_attention.causal import (
     causal_chunked,
-    causal_chunked_heads,
+    causal_scan,
     causal_triangular,
 )
 from flowexport.ops.flow_attention.causal_half import causal_means
@@ -44,7 +44,7 @@ FORMS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "token_major": token_major,
         "means": means,
         "causal_chunked": causal_chunked,
-        "causal_chunked_heads": causal_chunked_heads,
+        "causal_scan": causal_scan,
         "causal_triangular": causal_triangular,
         "causal_means": causal_means,
     }
@@ -71,7 +71,7 @@ def applicable(variant: FlowVariant) -> tuple[str, ...]:
 
 
 # Their chunks are counted when the graph is made.
-STATIC_LENGTH = ("causal_chunked", "causal_chunked_heads")
+STATIC_LENGTH = ("causal_chunked", "causal_scan")
 
 
 def misfit(form: str, site: AttentionSite) -> str | None:

@@ -3,7 +3,8 @@
 ``python -m flowexport.measure_forms --write`` measures the rows again on the
 machine at hand. A row is one layer: its sizes and each form's speed as the
 ratio to the published form (above 1 is faster). A site takes the fastest form
-of the nearest row, nearness being in log2 of N and of C = H·D.
+of the nearest row, nearness being in log2 of N and of C = H·D; a form that
+needs far less memory is taken where it is nearly as fast.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ WITH_LAYERS = ("_projected", "_absorbed")
 
 # Targets whose float16 artifacts compute in float32 (TFLite stores weights in half).
 _WIDE_ARITHMETIC = ("tflite",)
+
+# Its intermediates do not grow with the length: taken where it is nearly as fast as the fastest.
+SEGMENTED, AS_FAST = "causal_scan", 0.95
 
 
 @functools.cache
@@ -58,14 +62,20 @@ def choose(target: str, precision: str, site: AttentionSite) -> Choice:
         if precision != "fp32":
             # Their weights are factors of products, which no quantiser stores in less.
             measured = [(f, r) for f, r in measured if not f.endswith(WITH_LAYERS)]
+        if not isinstance(site.k_shape[0], int):
+            measured = [(f, r) for f, r in measured if f != SEGMENTED]  # no loop, many copies
         form, ratio = max(measured, key=lambda item: item[1], default=("published", 1.0))
         if ratio <= 1:
             form, ratio = "published", 1.0
-        return Choice(
-            form,
-            f"{ratio:.2f}x the published form at N = {row['tokens']}, C = {row['channels']}"
-            f" on {target}, one thread",
+        reason = (
+            f"x the published form at N = {row['tokens']}, C = {row['channels']}"
+            f" on {target}, one thread"
         )
+        segmented = dict(measured).get(SEGMENTED, 0.0)
+        if form != SEGMENTED and segmented >= max(AS_FAST * ratio, 1.0):
+            told = f"; {form} is {ratio:.2f}x, this one needs a segment's memory"
+            return Choice(SEGMENTED, f"{segmented:.2f}{reason}{told}")
+        return Choice(form, f"{ratio:.2f}{reason}")
     if variant.causal:
         # Triangles cost L² and chunks 64 L; at a few chunks the triangles' fewer operators win.
         form = "causal_triangular" if int(tokens) <= 128 else "causal_chunked"

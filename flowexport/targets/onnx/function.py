@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flowexport.core.errors import ConversionError, FlowExportError
 from flowexport.ops.descriptor import AttentionSite
+from flowexport.ops.segments import loops
 
 if TYPE_CHECKING:
     from onnx import FunctionProto, ModelProto
@@ -75,7 +76,7 @@ def body_of_this_size(
         )
         dynamic.append({i: dims[d] for i, d in enumerate(shape) if isinstance(d, str)})
     try:
-        with torch.no_grad():
+        with torch.no_grad(), loops():
             exported = torch.export.export(
                 _Form(form, site.arguments), tuple(example), dynamic_shapes=tuple(dynamic)
             )
