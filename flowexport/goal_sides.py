@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from flowexport.baseline.programs import (
     absorbed_products,
+    causal_products,
     features_and_products,
     projections_only,
     save_published,
@@ -24,6 +25,7 @@ from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Options, Precision, Session, TensorSpec
 from flowexport.measure_forms import layer
 from flowexport.ops.installed import installed_ops
+from flowexport.ops.segments import loops
 from flowexport.registry import TARGETS
 
 # Rounding in another order over sums of up to 4,096 tokens.
@@ -123,11 +125,11 @@ def _converted(
 
 
 def published(row: Row, root: Path) -> dict[str, Artifact]:
-    """Return the stock export of the published form, ours, and a layer's two bounds.
+    """Return the stock export of the published form, ours, and the bounds.
 
-    The bounds are our conversion of the same layer with less in it: its projections alone
-    (``limit``), and these with the features and the products (``products``), in the layout
-    that costs the runtime least.
+    The bounds are our conversion of the same module with less in it: a layer's projections
+    alone (``limit``), and all with the features and the products but no flow (``products``),
+    in the layout that costs the runtime least.
     """
     if row.kind == "layer":
         module = layer(row.tokens, row.heads, row.width, "vision").eval()
@@ -138,12 +140,15 @@ def published(row: Row, root: Path) -> dict[str, Artifact]:
     artifacts[OURS] = _converted(row, module, inputs, ["y"], root / OURS)
     if row.kind == "layer":
         artifacts[LIMIT] = _replaced(row, module, inputs, projections_only, root / LIMIT)
-        artifacts[PRODUCTS] = products_bound(row, module, inputs, root / PRODUCTS)
+    artifacts[PRODUCTS] = products_bound(row, module, inputs, root / PRODUCTS)
     return artifacts
 
 
 def products_bound(row: Row, module: Any, inputs: Sequence[TensorSpec], out: Path) -> Artifact:
-    """Return our conversion of a layer's features, products and projections, without a flow."""
+    """Return our conversion of the features, products and any projections, without a flow."""
+    if row.kind == "causal":
+        with loops() if row.target == "onnx" else nullcontext():
+            return _replaced(row, module, inputs, causal_products, out)
     if row.target != "tflite":
         return _replaced(row, module, inputs, features_and_products, out)
     import torch

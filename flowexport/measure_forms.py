@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,21 @@ CAUSAL = ((64, 8, 64), (256, 8, 64), (1024, 8, 64), (4096, 8, 64))
 TARGETS = ("onnx", "tflite")
 # Forms differ in the order of float32 sums only.
 TOLERANCE = 2e-5
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back what torch's exporter and its helpers warn of; errors and our own warnings stay."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"flowexport(\.|$)")
+        exporter.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            exporter.setLevel(level)
 
 
 def layer(tokens: int, heads: int, width: int, variant: str) -> Any:
@@ -176,15 +194,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         variant = "causal" if options.causal else "vision"
         stages = []
         for tokens, heads, width in chosen:
-            stage = measure_stage(
-                options.target,
-                tokens,
-                heads,
-                width,
-                variant=variant,
-                forms=options.form,
-                min_seconds=options.seconds,
-            )
+            with quiet_libraries():
+                stage = measure_stage(
+                    options.target,
+                    tokens,
+                    heads,
+                    width,
+                    variant=variant,
+                    forms=options.form,
+                    min_seconds=options.seconds,
+                )
             stages.append(stage)
             if not options.json:
                 _print(stage)

@@ -40,7 +40,7 @@ from flowexport.goal_sides import (
     softmax,
     step_sessions,
 )
-from flowexport.measure_forms import CAUSAL, STAGES
+from flowexport.measure_forms import CAUSAL, STAGES, quiet_libraries
 from flowexport.registry import TARGETS
 
 
@@ -71,7 +71,7 @@ def measure_row(row: Row, *, rounds: int | None = None) -> dict[str, Any]:
 
     Returns:
         The row's fields, and ``ratio``, ``limit`` (of the projections alone) and
-        ``products_limit`` (with features and products; layers, softmax the latter only),
+        ``products_limit`` (with features and products; the former of layers only),
         ``own_forward_over_step`` (a step's row), ``ms``, ``max_rel``, ``form``, ``partitions``
         (LiteRT), ``operators`` of each file by name, ``memory`` (loading and running, and
         ``run_``: running alone), ``load`` and ``reached``. Where the published form needs
@@ -196,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.json:
             print(_HEADER)
         for row in [by_name[n] for n in options.row] if options.row else ROWS:
-            found.append(measure_row(row, rounds=options.rounds))
+            with quiet_libraries():
+                found.append(measure_row(row, rounds=options.rounds))
             if not options.json:
                 print(line(found[-1]), flush=True)
         if options.json:

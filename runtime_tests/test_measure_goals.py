@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flowexport import measure_goals
+from flowexport.baseline.programs import causal_products
 from flowexport.core.errors import VerificationError
 from flowexport.core.types import TensorSpec
 from flowexport.goal_sides import products_bound
-from flowexport.measure_forms import layer
+from flowexport.measure_forms import layer, quiet_libraries
 from flowexport.measure_goals import ROWS, Row, measure_row
+from flowexport.ops.flow_attention import VARIANTS, causal, op_arguments
 
 TINY = {
     "layer": Row("layer", "onnx", 12, 2, 4, wanted=1e-9, rounds=3),
@@ -48,11 +53,36 @@ def test_a_row_compares_then_measures(kind: str) -> None:
         assert set(found["operators"]) == {"baseline", "ours", "limit", "products"}
         assert found["operators"]["products"]["Sigmoid"] == 2, "features, and no flow"
     if kind == "causal":
+        assert found["products_limit"]["median"] > 0
+        assert set(found["operators"]) == {"baseline", "ours", "products"}
         assert found["memory"]["run_ratio"] > 0
         assert found["memory"]["ours_run_extra_bytes"] <= found["memory"]["ours_extra_bytes"]
         assert found["memory"]["ours_extra_bytes"] > 0 and found["form"].startswith("causal_")
     text = measure_goals.line(found)
     assert row.name in text and ("not reached" in text) is (kind == "causal")
+
+
+@pytest.mark.parametrize(("length", "segment"), [(70, 4), (200, 1), (300, 2)])
+def test_the_causal_bound_is_linear_attention(
+    length: int, segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal, "SEGMENT", segment)
+    q, k, v = (torch.randn(2, length, 3, d, dtype=torch.float64) for d in (4, 4, 5))
+    scores = torch.einsum("blhd,bshd->bhls", q.sigmoid(), k.sigmoid()).tril()
+    truth = torch.einsum("bhls,bshm->blhm", scores, v)
+    found = causal_products(q, k, v, *op_arguments(VARIANTS["causal"]))
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_other_packages_warnings_are_held_back(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    logger = logging.getLogger("torch.onnx.anything")
+    with quiet_libraries():
+        warnings.warn("theirs", FutureWarning, stacklevel=1)
+        assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+        warnings.warn_explicit("ours", UserWarning, "x.py", 1, module="flowexport.core")
+    assert [str(w.message) for w in recwarn] == ["ours"]
 
 
 def test_the_litert_bound_holds_features_and_products_alone(tmp_path: Path) -> None:

@@ -90,6 +90,40 @@ def _features(q: Tensor, k: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor,
     return feature_map(q, variant), feature_map(k, variant)
 
 
+def causal_products(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Return Σ_{s≤t} (φ(q_t) · φ(k_s)) v_s: causal linear attention, without any flow.
+
+    In the chunks and segments of the form ``causal_scan``, as a bound for the causal forms:
+    q kᵀ masked, times v, plus q times what the earlier chunks' kᵀ v sum to.
+
+    Args and Returns: as :func:`features_and_products`.
+    """
+    import torch
+
+    from flowexport.ops.flow_attention.causal import CHUNK, exclusive_prefix, padded, segment_size
+    from flowexport.ops.segments import over_segments
+
+    batch, length, heads, width = q.shape
+    value_width, size = v.shape[3], segment_size(length)
+
+    def step(
+        carry: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        chunks = (x.reshape(-1, CHUNK, heads, x.shape[3]) for x in (q, k, v))
+        q, k, v = (x.permute(0, 2, 1, 3) for x in chunks)  # (BG, H, c, D)
+        q, kt = _features(q, k.transpose(2, 3), arguments)
+        past = (q @ kt) * torch.ones(CHUNK, CHUNK, dtype=q.dtype).tril()
+        own = (kt @ v).reshape(batch, size // CHUNK, -1)
+        sums = exclusive_prefix(own) + carry[0]
+        context = sums.reshape(-1, heads, width, value_width)
+        result = past @ v + q @ context
+        return result.permute(0, 2, 1, 3), (sums[:, -1:] + own[:, -1:],)
+
+    tokens = padded(q, k, v, -(-length // size) * size)[:3]
+    carry = q.new_zeros(batch, 1, heads * width * value_width)
+    return over_segments(step, (carry,), tokens, size)[:, :length]
+
+
 def published_program(subject: Subject, path: Path) -> None:
     """Save a subject's module as :func:`save_published` does."""
     save_published(subject.module, subject.spec.inputs, subject.spec.name, path)
