@@ -92,8 +92,10 @@ class _Graph:
         options, given = op.builtinOptions, self.shape(int(op.inputs[0]))
         result = int(op.outputs[0])
         flat = self.shape(result)
-        wanted = (*given[:-1], flat[-1]) if len(flat) == 2 else ()
-        if options.keepNumDims or len(given) < 3 or np.prod(wanted) != np.prod(flat):
+        wanted = (*given[:-1], *flat[1:])
+        if options.keepNumDims or len(flat) != 2 or np.prod(wanted) != np.prod(flat):
+            return
+        if len(given) < 3:
             return
         chain = [result]
         while True:
@@ -114,7 +116,7 @@ class _Graph:
 
     def read_unreshaped(self, op: Any) -> None:
         for position in (0, 1):
-            longer = self.with_leading_one(int(op.inputs[position]))
+            longer = self.with_leading_one(op, int(op.inputs[position]))
             if longer is None:
                 continue
             result = int(op.outputs[0])
@@ -126,13 +128,14 @@ class _Graph:
             op.inputs[position] = longer
             self.index()
 
-    def with_leading_one(self, tensor: int) -> int | None:
-        """Return a tensor of the same content with one more dimension in front, or None."""
+    def with_leading_one(self, op: Any, tensor: int) -> int | None:
+        """Return what is there before ``op``, of a tensor's content with a 1 in front, or None."""
         source = self.reshaped(tensor)
         if source is None:
             return None
-        same = [t for r in self.readers[source] for t in map(int, r.outputs) if t != tensor]
-        for found in (source, *(t for t in same if self.reshaped(t) == source)):
+        before = self.graph.operators[: self.graph.operators.index(op)]
+        others = [int(r.outputs[0]) for r in self.readers[source] if r in before]
+        for found in (source, *(t for t in others if self.reshaped(t) == source)):
             if self.shape(found) == (1, *self.shape(tensor)):
                 return found
         return None
