@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from flowexport.targets.coreml.package import BLOB, WEIGHTS_FILE, operations
+from flowexport.targets.coreml.package import BLOB, WEIGHTS_FILE, held_values, operations
 
 _HEADER = struct.Struct("<II")  # blobs, version; the rest of the first 64 bytes is 0
 _ALIGNMENT = 64
@@ -30,7 +30,7 @@ def pack(path: Path, spec: Any) -> None:
     for op in operations(spec):
         if op.type == "constexpr_affine_dequantize":
             _plain_zero_point(op.attributes["zero_point"], old)
-    values = [v for op in operations(spec) for v in op.attributes.values()]
+    values = [v for op in operations(spec) for _, v in held_values(op)]
     stored = [v.blobFileValue for v in values if v.WhichOneof("value") == "blobFileValue"]
     new = bytearray(_ALIGNMENT)
     places: dict[tuple[bytes, bytes], int] = {}

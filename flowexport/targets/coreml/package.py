@@ -158,20 +158,30 @@ def _scalars(program: list[Any]) -> Counter[str]:
 def constants(path: Path, spec: Any) -> dict[str, np.ndarray]:
     """Return the values of all constants, compressed ones as stored, by function and name.
 
-    Values of fewer than 8 bits stay in their bytes.
+    Those that an operator holds itself are there too. Values of fewer than 8 bits stay in
+    their bytes.
     """
     file = path / WEIGHTS_FILE
     weights = file.read_bytes() if file.is_file() else b""
     found = {}
     for function in sorted(spec.mlProgram.functions):
         for op in walk(spec.mlProgram.functions[function]):
-            if op.type != "const" and not op.type.startswith("constexpr_"):
-                continue
-            for part, value in sorted(op.attributes.items()):
+            for part, value in held_values(op):
                 held = array(value, weights)
-                if part != "name" and held is not None:
+                if held is not None:
                     found[f"{function}/{op.outputs[0].name} {part}"] = held
     return found
+
+
+def held_values(op: Any) -> list[tuple[str, Any]]:
+    """Return the values that an operation holds itself, by attribute or argument, in order.
+
+    From iOS 18 on the ``constexpr`` operators have arguments where they had attributes.
+    """
+    found = [(part, value) for part, value in op.attributes.items() if part != "name"]
+    for part, argument in op.inputs.items():
+        found += [(part, b.value) for b in argument.arguments if b.WhichOneof("binding") == "value"]
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def array(value: Any, weights: bytes = b"") -> np.ndarray | None:
@@ -268,7 +278,7 @@ def _check_weights(path: Path, spec: Any) -> None:
     """Raise InputError unless every constant kept in ``weight.bin`` lies inside it."""
     blobs = []
     for op in operations(spec):
-        for value in op.attributes.values():
+        for _, value in held_values(op):
             if value.WhichOneof("value") == "blobFileValue":
                 blobs.append((op.outputs[0].name, value.blobFileValue.offset))
     if not blobs:
