@@ -15,6 +15,7 @@ from flowexport.calibration import write_samples
 from flowexport.core.errors import ConversionError
 from flowexport.core.types import Dataset, Options, Precision
 from flowexport.lowering import LoweredProgram, lower_buckets
+from flowexport.lowering.layers import weighted_layers
 from flowexport.lowering.quantisation import read_samples
 from flowexport.ops.installed import installed_ops
 from flowexport.registry import TARGETS
@@ -131,6 +132,28 @@ def test_tflite_signatures_of_other_layers_are_refused(program: LoweredProgram) 
     )  # fmt: skip
     with pytest.raises(ConversionError, match="has 1 layers, the main one 8"):
         _all_layers({"long": program, "other": tiny}, "t")
+
+
+def test_a_head_that_is_cut_to_a_length_is_kept_in_float_by_its_name(
+    program: LoweredProgram, tmp_path: Path
+) -> None:
+    import onnx
+
+    short = program.functions[f"forward_{SHORT}"]
+    assert [a.path for a in weighted_layers(short)] == [a.path for a in weighted_layers(program)]
+    keep = ("output_layer",)
+    artifact = TARGETS.get("onnx").convert(
+        program, Options(Precision.INT8_WEIGHTS, {}, keep), tmp_path
+    )
+    for name, length in (("", LONG), (f".forward_{SHORT}", SHORT)):
+        model = onnx.load(artifact.path.with_name(f"tiny{name}.onnx"))
+        types = {
+            tuple(sorted(t.dims)): onnx.TensorProto.DataType.Name(t.data_type)
+            for t in model.graph.initializer
+            if len(t.dims) == 2
+        }
+        assert types[3, 8 * length].startswith("FLOAT")
+        assert types[3, 8] == types[8, 16] == "INT8"
 
 
 def test_coreml_functions_have_ranges_of_their_own(

@@ -7,7 +7,7 @@ that is what layers are recognised by.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,12 @@ def weighted_layers(program: LoweredProgram) -> tuple[Layer, ...]:
     """
     exported = program.exported
     stores = {**exported.constants, **exported.state_dict}
-    weights = {
-        spec.arg.name: stores[spec.target]
+    targets = {
+        spec.arg.name: spec.target
         for spec in exported.graph_signature.input_specs
         if spec.kind is not InputKind.USER_INPUT and spec.target in stores
     }
+    weights = {name: stores[target] for name, target in targets.items()}
     found: dict[tuple[str, int], Layer] = {}
     for node in exported.graph.nodes:
         kind = "linear" if node.target in _LINEAR else "convolution"
@@ -72,9 +73,20 @@ def weighted_layers(program: LoweredProgram) -> tuple[Layer, ...]:
         values = weight.detach().float().numpy()
         if kind == "convolution" and values.shape[1] == 1:
             kind = "depthwise"
-        layer = Layer(module_path(node) or node.name, kind, values.reshape(len(values), -1))
+        path = module_path(node) or _owner(node, targets) or node.name
+        layer = Layer(path, kind, values.reshape(len(values), -1))
         found.setdefault((layer.path, id(weight)), layer)
     return tuple(found.values())
+
+
+def _owner(node: Any, targets: Mapping[str, Any]) -> str:
+    """Return the module of a product's bias.
+
+    A model that multiplies with a part of a layer's weight, as a head does at a shorter
+    length, does so in its own forward: the product has no path, the bias has the layer's.
+    """
+    bias = targets.get(getattr(node.args[2], "name", ""), "") if len(node.args) > 2 else ""
+    return str(bias).removeprefix("half_inside.").rpartition(".")[0]
 
 
 class LayerIndex:
