@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from flowexport.core.types import TensorSpec
 from flowexport.targets.onnx.function import DOMAIN
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, ValueInfoProto
+    from onnx import ModelProto, NodeProto, ValueInfoProto
 
 
 def read_model(path: Path) -> ModelProto:
@@ -52,9 +53,21 @@ def inline(model: ModelProto) -> ModelProto:
     return onnx.inliner.inline_local_functions(model)
 
 
+def nodes_within(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Yield nodes and, behind a loop or branch, those of its body."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from nodes_within(attribute.g.node)
+
+
 def operators(model: ModelProto) -> dict[str, int]:
-    """Count operators of the main graph by name, most frequent first."""
-    names = (f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.node)
+    """Count operators of the main graph and of its loops' bodies by name, most frequent first."""
+    names = (
+        f"{n.domain}::{n.op_type}" if n.domain else n.op_type
+        for n in nodes_within(model.graph.node)
+    )
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -74,7 +87,7 @@ def scalars(model: ModelProto) -> dict[str, int]:
 
     for tensor in model.graph.initializer:
         count(tensor)
-    for node in (*model.graph.node, *(n for f in model.functions for n in f.node)):
+    for node in nodes_within((*model.graph.node, *(n for f in model.functions for n in f.node))):
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 count(attribute.t)

@@ -73,7 +73,7 @@ class OnnxTarget:
             LoweringError, ConversionError: a stage refused the program.
         """
         from flowexport.targets.onnx.integer import ranges
-        from flowexport.targets.onnx.read import constants, fusions, inline, scalars
+        from flowexport.targets.onnx.read import constants, fusions, inline, operators, scalars
 
         settings = OnnxOptions.parse(options)
         weights = program.exported.state_dict.values()
@@ -110,7 +110,7 @@ class OnnxTarget:
                 "opset": settings.opset,
                 "ir_version": model.ir_version,
                 "nodes": len(model.graph.node),
-                "nodes_inlined": len(inline(model).graph.node),
+                "nodes_inlined": sum(operators(inline(model)).values()),
                 "functions": len(model.functions),
                 "scalars": scalars(model),
                 "stored": stored(constants(model)),
