@@ -17,7 +17,7 @@ from flowexport.bench import bench_feeds, measure
 from flowexport.bundle import file_table, write_json
 from flowexport.core.types import Options
 from flowexport.devices import MergeResult, merge_reports
-from flowexport.devices.reading import encode
+from flowexport.devices.reading import decode, encode
 from flowexport.package import Package
 from flowexport.parity import verify_artifact, write_evaluation, write_golden
 from flowexport.report import validate, write_report
@@ -200,3 +200,11 @@ def set_times(run: Report, times: list[Any], **more: Any) -> None:
 
 def one_wrong(run: Report) -> None:
     run["evaluation"]["predictions"][3] ^= 1
+
+
+def shifted(run: Report, by: float, case: int = 0) -> None:
+    """Add to the first output of a golden case."""
+    tensor = run["golden"][case]["outputs"][0]
+    value = decode(tensor)
+    assert isinstance(value, np.ndarray)
+    run["golden"][case]["outputs"][0] = encode(tensor["name"], (value + by).astype(np.float32))

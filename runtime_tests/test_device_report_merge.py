@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from device_tools import (
     one_wrong,
     save,
     set_times,
+    shifted,
     write_bundle,
 )
 from way_tools import names, refused
 
 from flowexport.bundle import write_json
-from flowexport.cli import run
 from flowexport.core.errors import BundleError, InputError, OutputError, VerificationError
 from flowexport.core.types import Verdict
 from flowexport.devices import MergeResult, merge_reports, read_device_report
@@ -70,13 +69,6 @@ def test_a_sound_report_passes(report: Report, merged: Callable[..., MergeResult
         assert found["accuracy"]["correct"] == 36 and found["accuracy"]["samples"] == 40
         assert found["preprocessing"]["max_abs"] == 0.0 and found["preprocessing"]["compared"] == 3
         assert found["facts"]["memory"]["peak_bytes"] is None, "missing is null, never zero"
-
-
-def shifted(run: Report, by: float, case: int = 0) -> None:
-    tensor = run["golden"][case]["outputs"][0]
-    value = decode(tensor)
-    assert isinstance(value, np.ndarray)
-    run["golden"][case]["outputs"][0] = encode(tensor["name"], (value + by).astype(np.float32))
 
 
 def drop_case(run: Report) -> None:
@@ -345,45 +337,6 @@ def test_force_replaces_comparisons_only(report: Report, package: Package, tmp_p
     with pytest.raises(OutputError, match="is no comparison"):
         merge_reports([file], mine, packages=[package.path], force=True)
     assert names(mine) == {"thesis.txt"}
-
-
-def test_command_line(
-    report: Report,
-    package: Package,
-    bundle: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    file, out = save(tmp_path / "r.json", report), tmp_path / "out"
-    common = ["report", "merge", str(file), str(bundle), "--out", str(out)]
-    assert run([*common, "--package", str(package.path), "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["verdict"] == "PASS" and len(document["rows"]) == 5
-    shifted(first(report), 1.0)
-    save(file, report)
-    assert run([*common, "--package", str(package.path), "--force", "--against", str(out)]) == 4
-    captured = capsys.readouterr()
-    assert "FAIL" in captured.out and "max_rel" in captured.err and "worse:" in captured.err
-
-
-def test_report_still_takes_a_bundle(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copied = Path(shutil.copytree(bundle, tmp_path / "merge-me"))
-    for arguments in (
-        ["report", str(copied)],
-        ["report", "--json", str(copied)],
-        ["report", "bundle", str(copied)],
-    ):
-        (copied / "report.html").unlink(missing_ok=True)
-        assert run(arguments) == 0
-        assert str(copied / "report.html") in capsys.readouterr().out
-        assert (copied / "report.html").is_file()
-    refused(capsys, 2, "BUNDLE", arguments=["report"])
-    refused(capsys, 2, "REPORT", arguments=["report", "merge"])
-    refused(capsys, 2, "does not exist", arguments=["report", tmp_path / "nowhere"])
-    assert run(["report", "--help"]) == 0
-    assert "merge" in capsys.readouterr().out
 
 
 def test_tensors_survive_the_way() -> None:
