@@ -1,4 +1,4 @@
-"""Damage to int8 files, to files of two lengths and classifiers, and to fp16 files with a step.
+"""Damage to files of few bits, of two lengths, of classifiers, and to fp16 files with a step.
 
 Each format says how its constants and its functions' graphs are reached; what is done to
 them is written once.
@@ -41,11 +41,11 @@ def mutants_of() -> list[Mutant]:
             inside = partial(_inside, change) if whole else change
             found.append(Mutant(target, kind, name, inside, loads, whole, family))
 
-        if reach.zero_point is not None:
-            add("int8", "int8 zero point", "shifted by one", partial(reach.zero_point, "forward"))
-        add("int8", "int8 scale", "doubled", partial(reach.scale, "forward", double))
-        change = partial(reach.weight, "forward", negate_row)
-        add("int8", "int8 weight", "a row negated", change)
+        add("int8", "int8 zero point", "shifted by one", partial(reach.zero_point, "forward"))
+        for family in ("int8",) if target == "coreml" else ("int8", "narrow"):
+            add(family, "int8 scale", "doubled", partial(reach.scale, "forward", double))
+            change = partial(reach.weight, "forward", negate_row)
+            add(family, "int8 weight", "a row negated", change)
         for function in (LONG, SHORT):
             at = f"of {function}"
             change = partial(reach.weight, function, negate_row)
@@ -60,6 +60,9 @@ def mutants_of() -> list[Mutant]:
         add("stream", "step's state", "two outputs swapped", partial(reach.swap, STEP, STATES))
         add("stream", "step's state", "not updated", reach.keep)
         if target == "coreml":
+            for name, part, how in mutants_reach_coreml.PALETTE:
+                change = partial(mutants_reach_coreml.palette, part, how)
+                add("narrow", f"palette's {part}", name, change)
             for function in (LONG, SHORT):
                 add(
                     "lengths",

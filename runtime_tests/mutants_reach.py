@@ -45,7 +45,7 @@ class Reach:
     Attributes:
         weight: changes the stored values of one quantised or half matrix of a function.
         scale: changes that matrix's scales.
-        zero_point: changes the zero point of one activation; None where there is none.
+        zero_point: changes the zero point of one activation.
         exchange: puts the graph of each length under the other's name.
         swap: exchanges two outputs of a function.
         keep: makes a step give back its first state as it came.
@@ -54,7 +54,7 @@ class Reach:
 
     weight: Callable[[str, Values, Path], None]
     scale: Callable[[str, Values, Path], None]
-    zero_point: Callable[[str, Path], None] | None
+    zero_point: Callable[[str, Path], None]
     exchange: Change
     swap: Callable[[str, tuple[str, str], Path], None]
     keep: Change

@@ -120,8 +120,20 @@ FAMILIES = {
             "  onnx: {precision: int8-static}\n"
             "  tflite: {precision: int8-static, tolerance: {max_rel: 1.0, reason: drawn inputs lie"
             " beyond the ranges of the calibration samples and are clipped}}\n"
-            "  coreml: {precision: int8-weights}\n"
+            "  coreml: {precision: int8-static}\n"
             "calibration: {dataset: japanese-vowels-train}\n",
+        ),
+        ("tolerances:\n" + _LIMITS, ""),
+        ("FlowAttention: 2", "FlowAttention: 1"),
+    ),
+    # Weights alone in few bits.
+    "narrow": changed(
+        RECIPE,
+        ("mutant_model.py:build", "mutant_model.py:build_small"),
+        (
+            _TARGETS,
+            "  onnx: {precision: int8-weights}\n  tflite: {precision: int8-weights}\n"
+            "  coreml: {precision: palette4}\n",
         ),
         ("tolerances:\n" + _LIMITS, ""),
         ("FlowAttention: 2", "FlowAttention: 1"),
