@@ -232,7 +232,7 @@ def _segment(
         if start is not None:
             sums = sums + start
         if carry is not None:
-            behind.append(sums[:, count - 1 :] + flat[:, count - 1 :])
+            behind.append(flat.new_ones(1, count) @ flat + start)
         return sums.reshape(x.shape)
 
     def flow(inside: Tensor, outside: Tensor, sums: Tensor, total: Tensor) -> Tensor:
@@ -242,11 +242,15 @@ def _segment(
 
     def sink_flow(inside: Tensor, sums: Tensor, moment: Tensor, start: Tensor | float) -> Tensor:
         earlier = before(moment, start)  # (BG, H, D, 1); ε is in the start
-        return flow(inside, (q @ earlier).squeeze(3), sums, earlier.sum(dim=2))
+        return flow(
+            inside, (q @ earlier).squeeze(3), sums, earlier.squeeze(3).sum(dim=2, keepdim=True)
+        )
 
     def source_flow(inside: Tensor, sums: Tensor, moment: Tensor, start: Tensor | float) -> Tensor:
         earlier = before(moment, start)  # (BG, H, 1, D)
-        return flow(inside, (earlier @ kt).squeeze(2), sums, earlier.sum(dim=3))
+        return flow(
+            inside, (earlier @ kt).squeeze(2), sums, earlier.squeeze(2).sum(dim=2, keepdim=True)
+        )
 
     starts = (eps,) * 4 if carry is None else carry[:4]
     x = n / sink_flow(past.sum(dim=3), k_sum, kt.sum(dim=3, keepdim=True), starts[0])
