@@ -225,11 +225,11 @@ def _segment(
     def by_chunk(x: Tensor) -> Tensor:  # (BG, ...) -> (B, G, ...)
         return x.unflatten(0, (batch, count))
 
-    def before(x: Tensor, start: Tensor | float | None) -> Tensor:
+    def before(x: Tensor, start: Tensor | float) -> Tensor:
         """Return start plus the sum over the earlier chunks, (BG, ...) -> (BG, ...)."""
         flat = by_chunk(x.flatten(1))
         sums = exclusive_prefix(flat)
-        if start is not None:
+        if isinstance(start, Tensor) or start:
             sums = sums + start
         if carry is not None:
             behind.append(flat.new_ones(1, count) @ flat + start)
@@ -263,14 +263,14 @@ def _segment(
     total = weight @ upper + by_chunk(before(weight.sum(dim=3).flatten(0, 1), total).unsqueeze(2))
     behind += highest
     valued = v * (weight * n / total).flatten(0, 1).unsqueeze(3)
-    context = before(kt @ valued, None if carry is None else carry[-1])
+    context = before(kt @ valued, 0.0 if carry is None else carry[-1])
     result = (past @ valued + q @ context) * (x / n * sink.sigmoid()).flatten(0, 1).unsqueeze(3)
     return result.permute(0, 2, 1, 3), tuple(behind)
 
 
 def _weights(
     source: Tensor, real: Tensor | None, carry: tuple[Tensor, ...] | None, variant: FlowVariant
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+) -> tuple[Tensor, Tensor | float, list[Tensor]]:
     """Return the weights (B, G, H, c), those before them (B, 1, H), the largest exponent so far.
 
     Without a clamp that keeps exp small the shift is the largest so far: an earlier total
@@ -280,7 +280,7 @@ def _weights(
         # Padding must not raise the maximum: it would push all real weights to 0.
         source = torch.where(real, source, source[:, :1, :, :1])
     if carry is None:
-        return weights(source, variant, 1, 3), None, []
+        return weights(source, variant, 1, 3), 0.0, []
     if not variant.needs_maximum:
         return weights(source, variant), carry[4], []
     total, highest = carry[4:6]
