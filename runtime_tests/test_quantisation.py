@@ -89,6 +89,15 @@ def test_static_keeps_the_ends_and_what_the_user_names() -> None:
     assert treatment_of(["l.1", "l.2"], found) is Treatment.FLOAT
 
 
+def test_static_convolutions_of_more_than_one_element_store_weights() -> None:
+    kinds = ("linear", "convolution", "pointwise", "depthwise", "linear")
+    layers = [replace(LAYERS[0], path=f"l.{i}", kind=kind) for i, kind in enumerate(kinds)]
+    found = decide(layers, Precision.INT8_STATIC, (), where="t")
+    assert [d.rule for d in found] == ["ends", "convolution", "linear", "convolution", "ends"]
+    found = decide(layers, Precision.INT8_DYNAMIC, (), where="t")
+    assert {d.rule for d in found} == {"linear"}
+
+
 def test_depthwise_layers_whose_runtime_has_no_dynamic_form_store_weights() -> None:
     layers = [replace(LAYERS[0], path=kind, kind=kind) for kind in ("depthwise", "convolution")]
     for precision, able, wanted in (

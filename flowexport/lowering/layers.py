@@ -36,7 +36,8 @@ class Layer:
 
     Attributes:
         path: PyTorch module path, ``encoder.layers.0.fc1``.
-        kind: ``linear``, ``convolution``, or ``depthwise``: one input channel for each output.
+        kind: ``linear``, ``convolution``, ``pointwise``: a convolution of one element, as linear
+            a token, or ``depthwise``: one input channel for each output.
         weight: (output channels, values a channel).
     """
 
@@ -73,6 +74,8 @@ def weighted_layers(program: LoweredProgram) -> tuple[Layer, ...]:
         values = weight.detach().float().numpy()
         if kind == "convolution" and values.shape[1] == 1:
             kind = "depthwise"
+        elif kind == "convolution" and values[0, 0].size == 1:
+            kind = "pointwise"
         path = module_path(node) or _owner(node, targets) or node.name
         layer = Layer(path, kind, values.reshape(len(values), -1))
         found.setdefault((layer.path, id(weight)), layer)

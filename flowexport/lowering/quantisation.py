@@ -127,6 +127,9 @@ def decide(
         elif precision is Precision.INT8_STATIC and ends:
             end = "reads the model's input" if i == 0 else "gives the model's scores"
             told = (Treatment.WEIGHTS, "ends", f"{end}: a fixed range would clip what is unusual")
+        elif precision is Precision.INT8_STATIC and layer.kind in ("convolution", "depthwise"):
+            why = "few of the products and, where it makes the tokens, most of what ranges clip"
+            told = (Treatment.WEIGHTS, "convolution", why)
         elif layer.kind != "linear" and not integer_convolutions:
             told = (Treatment.WEIGHTS, "convolution", "slower in integers than in floating point")
         elif (
