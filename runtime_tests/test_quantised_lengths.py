@@ -167,7 +167,7 @@ def test_coreml_functions_have_ranges_of_their_own(
     assert list(layers(artifact).values()) == ["weights", *["integer"] * 6, "weights"]
     from flowexport.targets.coreml.interpreter.program import load_package
 
-    # Not LONG's: one range for steps that differ a hundredfold leaves 56 % (TFLite: 66 %).
+    # Not LONG's: one range for steps that differ a hundredfold leaves 56 % (TFLite: 27 %).
     assert 0 < error("coreml", artifact.function(f"forward_{SHORT}"), SHORT) <= LIMIT
     largest = {}
     for length in (SHORT, LONG):
