@@ -118,8 +118,7 @@ FAMILIES = {
         (
             _TARGETS,
             "  onnx: {precision: int8-static}\n"
-            "  tflite: {precision: int8-static, tolerance: {max_rel: 1.0, reason: drawn inputs lie"
-            " beyond the ranges of the calibration samples and are clipped}}\n"
+            "  tflite: {precision: int8-static}\n"
             "  coreml: {precision: int8-static}\n"
             "calibration: {dataset: japanese-vowels-train}\n",
         ),
