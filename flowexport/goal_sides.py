@@ -149,7 +149,8 @@ def products_bound(row: Row, module: Any, inputs: Sequence[TensorSpec], out: Pat
     if row.kind == "causal":
         with loops() if row.target == "onnx" else nullcontext():
             return _replaced(row, module, inputs, causal_products, out)
-    if row.target != "tflite":
+    # Absorbing pays where the small products, (D, C) by (C, D), weigh less than v's projection.
+    if row.target != "tflite" or row.tokens < row.heads * row.width:
         return _replaced(row, module, inputs, features_and_products, out)
     import torch
     from torch import nn

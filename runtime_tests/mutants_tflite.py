@@ -178,6 +178,30 @@ def _replace(old: str, new: str, model: Any, *, place: int = 0) -> None:
     operator.builtinOptions, operator.builtinOptionsType = None, 0
 
 
+def _clamp(new: str, model: Any) -> None:
+    """Put another operator in place of the first clamp, which may be part of an addition."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    clamp, graph = schema.ActivationFunctionType.RELU_N1_TO_1, _graph(model)
+    options = [getattr(o.builtinOptions, "fusedActivationFunction", 0) for o in graph.operators]
+    if clamp not in options:
+        _replace("RELU_N1_TO_1", new, model)
+        return
+    place = options.index(clamp)
+    result = graph.operators[place].outputs[0]
+    unclamped = schema.TensorT()
+    unclamped.name, unclamped.shape = b"unclamped", graph.tensors[result].shape
+    unclamped.type, unclamped.buffer = FLOAT32, 0
+    graph.tensors.append(unclamped)
+    graph.operators[place].builtinOptions.fusedActivationFunction = 0
+    graph.operators[place].outputs = np.array([len(graph.tensors) - 1], np.int32)
+    operator = schema.OperatorT()
+    operator.opcodeIndex = operator_code(model, new)
+    operator.inputs = graph.operators[place].outputs
+    operator.outputs = np.array([result], np.int32)
+    graph.operators.insert(place + 1, operator)
+
+
 def _adjoint(model: Any) -> None:
     """Transpose the first attention's context, a square matrix a head."""
     for operator in _operators(model, "BATCH_MATMUL"):
@@ -210,15 +234,14 @@ def _swap_inputs(name: str, model: Any) -> None:
 def _rewire(model: Any) -> None:
     """Let the first residual add its own branch twice."""
     graph = _graph(model)
+    shapes = [list(t.shape) if t.shape is not None else [] for t in graph.tensors]
     adds = [
         o
         for o in _operators(model, "ADD")
-        if all(_constant(model, int(i)) is None for i in o.inputs)
-        and graph.tensors[o.inputs[0]].shape is not None
+        if all(_constant(model, int(i)) is None and len(shapes[i]) == 3 for i in o.inputs)
+        and shapes[o.inputs[0]] == shapes[o.inputs[1]]
     ]
-    operator = adds[0]
-    same = [i for i in operator.inputs if len(graph.tensors[i].shape) == 3]
-    operator.inputs = np.array([same[0], same[0]], np.int32)
+    adds[0].inputs = np.array([adds[0].inputs[0]] * 2, np.int32)
 
 
 def _swap_outputs(model: Any) -> None:
@@ -247,7 +270,7 @@ def mutants_of() -> list[Mutant]:
     for value in (1e-2, 1e-4, 0.0):
         add("ε changed", f"the attentions', 1e-6 to {value:g}", partial(_scalar, 1e-6, value))
     for new in ("RELU6", "RELU", "TANH"):
-        change = partial(_replace, "RELU_N1_TO_1", new)
+        change = partial(_clamp, new)
         add("clamp changed", f"by {new}", change)
     add("axis changed", "rows and columns of the context", _adjoint)
     add("axis changed", "queries and keys exchanged", _exchange)
