@@ -238,10 +238,11 @@ def _rewire(model: Any) -> None:
     adds = [
         o
         for o in _operators(model, "ADD")
-        if all(_constant(model, int(i)) is None and len(shapes[i]) == 3 for i in o.inputs)
-        and shapes[o.inputs[0]] == shapes[o.inputs[1]]
+        if all(_constant(model, int(i)) is None for i in o.inputs)
+        and np.prod(shapes[o.inputs[0]]) == np.prod(shapes[o.inputs[1]])
     ]
-    adds[0].inputs = np.array([adds[0].inputs[0]] * 2, np.int32)
+    same = [i for i in adds[0].inputs if shapes[i] == shapes[adds[0].outputs[0]]]
+    adds[0].inputs = np.array([same[0], same[0]], np.int32)
 
 
 def _swap_outputs(model: Any) -> None:

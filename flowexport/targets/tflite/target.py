@@ -230,7 +230,6 @@ class TFLiteTarget:
         """
         self._require_runtime(path.name)
         model = flatbuffer.read_model(path)
-        without_copies(model)
         inputs, outputs = flatbuffer.signature(model)
         operators = flatbuffer.operator_counts(model)
         header, labels = metadata.read_files(path)
