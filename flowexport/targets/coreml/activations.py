@@ -184,7 +184,9 @@ def ranges(path: Path, spec: Any) -> dict[str, Span]:
     several = len(spec.mlProgram.functions) > 1
     found: dict[str, Span] = {}
     for function in sorted(spec.mlProgram.functions):
-        made = {op.outputs[0].name: op for op in package.walk(spec.mlProgram.functions[function])}
+        operations = package.walk(spec.mlProgram.functions[function])
+        # Writing a state gives nothing.
+        made = {op.outputs[0].name: op for op in operations if op.outputs}
         paths = package.module_paths(spec, function)
         prefix = f"{function}/" if several else ""
         for name, op in made.items():
