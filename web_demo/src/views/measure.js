@@ -196,9 +196,11 @@ export class MeasureView {
 function findingRow(f) {
   const what = f.kind === "preprocessing" ? "preprocessing" : `${backend(f.backend).label}${f.kind === "streaming" ? ", step by step" : ""}`;
   const verdict = f.ok ? badge("good", "PASS") : f.notRun ? badge("warn", "NOT RUN") : badge("bad", "FAIL");
-  const passed = f.cases.filter((c) => c.ok).length;
+  const passed = f.cases.filter((c) => c.ok && !c.outside).length;
   const worst = f.kind === "preprocessing" ? worstOf(f.cases.map((c) => c.maxAbs)) : f.maxRel;
-  const reason = f.error ?? f.cases.find((c) => !c.ok)?.reason ?? f.loaded?.info.reason ?? "";
+  const outside = f.cases.filter((c) => c.outside).map((c) => c.name);
+  const reason = f.error ?? f.cases.find((c) => !c.ok)?.reason
+    ?? (outside.length ? `outside the calibrated ranges, not judged: ${outside.join(", ")}` : f.loaded?.info.reason ?? "");
   const bad = f.cases.find((c) => !c.ok);
   const allowed = f.allowed ?? f.loaded?.file.tolerance.max_rel ?? null;
   return el("tr", { "data-verdict": f.ok ? "PASS" : f.notRun ? "NOT_RUN" : "FAIL", "data-model": f.model, "data-what": f.kind === "preprocessing" ? "preprocessing" : f.kind === "streaming" ? `${f.backend} step` : f.backend },
