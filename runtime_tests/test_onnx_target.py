@@ -26,7 +26,7 @@ from flowexport.ops.flow_attention import (
 )
 from flowexport.ops.flow_attention.lowered import FORMS
 from flowexport.targets.onnx import TARGET
-from flowexport.targets.onnx.function import body_of_this_size
+from flowexport.targets.onnx.function import body_of_any_size, body_of_this_size
 from flowexport.targets.onnx.read import inline, operators
 
 # Two attentions and three linears in fp32: sums of up to 48 terms of 6e-8 each.
@@ -117,6 +117,20 @@ def test_a_changed_function_changes_the_result(vision: Artifact, tmp_path: Path)
     onnx.save(model, changed.path)
     x = programs.sample(2)
     assert programs.relative(run(changed, x), programs.truth(programs.net("vision"), x)) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["channel_first", "channel_first_sums", "token_major"])
+def test_a_function_of_one_length_computes_no_sizes(form: str) -> None:
+    """L / S is 1 there: a batch of any size would leave its arithmetic to every run."""
+
+    def sizes(sources: int) -> set[str]:
+        shapes = [("batch", n, 2, 8) for n in (12, sources, sources)]
+        site = AttentionSite("FlowAttention", "one", *shapes, op_arguments(VARIANTS["vision"]))
+        body = body_of_any_size(FORMS[form], site, torch.float32, 18)
+        assert body is not None
+        return {n.op_type for n in body.graph.node} & {"Shape", "Slice", "Expand"}
+
+    assert sizes(12) == set() and sizes(20) == {"Shape", "Slice", "Expand"}
 
 
 def test_checker_accepts_the_file_and_its_inlined_twin(vision: Artifact) -> None:

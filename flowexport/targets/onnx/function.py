@@ -26,11 +26,17 @@ OUTPUT = "y"
 
 
 class _Form(nn.Module):
-    def __init__(self, form: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
+    """A form and its arguments; ``tied`` says that L = S, which dimensions of one name do not."""
+
+    def __init__(
+        self, form: Callable[..., Tensor], arguments: tuple[Any, ...], *, tied: bool
+    ) -> None:
         super().__init__()
-        self.form, self.arguments = form, arguments
+        self.form, self.arguments, self.tied = form, arguments, tied
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.tied:
+            torch._check(q.shape[1] == k.shape[1])
         return self.form(q, k, v, *self.arguments)
 
 
@@ -50,7 +56,7 @@ def body_of_any_size(
     try:
         with torch.no_grad():
             exported = torch.export.export(
-                _Form(form, site.arguments), example, dynamic_shapes=dynamic
+                _Form(form, site.arguments, tied=tied), example, dynamic_shapes=dynamic
             )
     except Exception:
         return None
@@ -78,7 +84,9 @@ def body_of_this_size(
     try:
         with torch.no_grad(), loops():
             exported = torch.export.export(
-                _Form(form, site.arguments), tuple(example), dynamic_shapes=tuple(dynamic)
+                _Form(form, site.arguments, tied=site.q_shape[1] == site.k_shape[1]),
+                tuple(example),
+                dynamic_shapes=tuple(dynamic),
             )
     except FlowExportError:
         raise
