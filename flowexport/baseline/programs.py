@@ -100,7 +100,7 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     """
     import torch
 
-    from flowexport.ops.flow_attention.causal import CHUNK, exclusive_prefix, padded, segment_size
+    from flowexport.ops.flow_attention.causal import CHUNK, carried, padded, segment_size
     from flowexport.ops.segments import over_segments
 
     batch, length, heads, width = q.shape
@@ -109,18 +109,15 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     def step(
         carry: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        chunks = (x.reshape(-1, CHUNK, heads, x.shape[3]) for x in (q, k, v))
-        q, k, v = (x.permute(0, 2, 1, 3) for x in chunks)  # (BG, H, c, D)
-        q, kt = _features(q, k.transpose(2, 3), arguments)
+        q, k, v = (x.reshape(-1, CHUNK, heads, x.shape[3]) for x in (q, k, v))
+        q, k = _features(q, k, arguments)
+        q, kt, v = q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3)
         past = (q @ kt) * torch.ones(CHUNK, CHUNK, dtype=q.dtype).tril()
-        own = (kt @ v).reshape(batch, size // CHUNK, -1)
-        sums = exclusive_prefix(own) + carry[0]
-        context = sums.reshape(-1, heads, width, value_width)
-        result = past @ v + q @ context
-        return result.permute(0, 2, 1, 3), (sums[:, -1:] + own[:, -1:],)
+        context, behind = carried(kt @ v, carry[0], size // CHUNK)
+        return past @ v + q @ context, (behind,)  # (BG, H, c, M)
 
     tokens = padded(q, k, v, -(-length // size) * size)[:3]
-    carry = q.new_zeros(batch, 1, heads * width * value_width)
+    carry = q.new_zeros(batch, heads * width * value_width)
     return over_segments(step, (carry,), tokens, size)[:, :length]
 
 

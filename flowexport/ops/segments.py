@@ -36,7 +36,7 @@ def over_segments(
         tokens: tensors (B or 1, L, H, W), L a multiple of ``size``.
 
     Returns:
-        (B, L, H, M) of the results (B·size/c, c, H, M), whatever c is.
+        (B, L, H, M) of the results (B·size/c, H, c, M), whatever even c is.
     """
     batch, length = tokens[0].shape[:2]
     # torch's scan fixes a dynamic batch.
@@ -44,7 +44,8 @@ def over_segments(
         results = []
         for own in zip(*(x.split(size, dim=1) for x in tokens), strict=True):
             result, carry = step(carry, *own)
-            results.append(result.reshape(batch, size, *result.shape[2:]))
+            _, heads, _, width = result.shape
+            results.append(result.transpose(1, 2).reshape(batch, size, heads, width))
         return torch.cat(results, dim=1)
     from torch._higher_order_ops.scan import scan
 
@@ -52,14 +53,16 @@ def over_segments(
         carry: tuple[Tensor, ...], own: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         result, following = step(carry, *own)
+        # ONNX Runtime moves an axis past two others twice as fast as it swaps two axes.
+        result = result.unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4)
         # The operator wants the carry's strides kept and results that are no views.
         return tuple(x.clone(memory_format=torch.contiguous_format) for x in following), (
             result.contiguous()
         )
 
     stacked = tuple(_stacked(x, length // size) for x in tokens)
-    _, found = scan(body, carry, stacked)  # (S, BG, c, H, M)
-    shape: Any = found.shape[3:]
+    _, found = scan(body, carry, stacked)  # (S, BG, 2, c/2, H, M)
+    shape: Any = found.shape[4:]
     if batch == 1:
         return found.reshape(1, length, *shape)
     found = found.reshape(length // size, batch, size, *shape).transpose(0, 1)

@@ -105,6 +105,28 @@ def exclusive_prefix(x: Tensor) -> Tensor:
     return total.flatten(1, 2)[:, :count].unflatten(2, x.shape[2:])
 
 
+def carried(x: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return a start plus the sum over the earlier chunks, and over all of them.
+
+    Args:
+        x: (BG, ...), G = ``count`` chunks of each sequence. start: (B, N), N values a chunk.
+
+    Returns:
+        (BG, ...) and (B, N).
+    """
+    flat, all_rows, batch = x.flatten(1), x.new_ones(1, count), start.shape[0]
+    if _single(batch):  # ONNX's Gemm adds the start
+        sums = torch.addmm(start, _triangle(count, x), flat)
+        return sums.reshape(x.shape), torch.addmm(start, all_rows, flat)
+    flat = flat.unflatten(0, (batch, count))
+    sums = exclusive_prefix(flat) + start.unsqueeze(1)
+    return sums.reshape(x.shape), (all_rows @ flat).squeeze(1) + start
+
+
+def _single(batch: int) -> bool:
+    return isinstance(batch, int) and batch == 1
+
+
 def _triangle(size: int, like: Tensor) -> Tensor:
     return torch.ones(size, size, dtype=like.dtype, device=like.device).tril(-1)
 
@@ -126,7 +148,7 @@ def causal_chunked(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     batch, heads, width = q.shape[0], q.shape[2], v.shape[3]
     tokens = padded(q, k, v, -(-length // CHUNK) * CHUNK)
     result, _ = _segment(variant, None, *tokens)
-    result = result.reshape(batch, tokens[0].shape[1], heads, width)
+    result = result.transpose(1, 2).reshape(batch, tokens[0].shape[1], heads, width)
     return result if result.shape[1] == length else result[:, :length]
 
 
@@ -147,10 +169,10 @@ def causal_scan(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     if size >= length:
         return causal_chunked(q, k, v, *arguments)
     rows = heads * q.shape[3]
-    flows = (q.new_full((batch, 1, rows), variant.eps) for _ in range(4))
-    highest = (q.new_full((batch, 1, heads), LOWEST),) if variant.needs_maximum else ()
-    context = q.new_zeros(batch, 1, rows * value_width)
-    carry = (*flows, q.new_zeros(batch, 1, heads), *highest, context)
+    flows = (q.new_full((batch, rows), variant.eps) for _ in range(4))
+    highest = (q.new_full((batch, heads), LOWEST),) if variant.needs_maximum else ()
+    context = q.new_zeros(batch, rows * value_width)
+    carry = (*flows, q.new_zeros(batch, heads), *highest, context)
     tokens = padded(q, k, v, -(-length // size) * size)
     result = over_segments(functools.partial(_segment, variant), carry, tokens, size)
     return result if result.shape[1] == length else result[:, :length]
@@ -197,95 +219,100 @@ def _segment(
     """Compute whole chunks of tokens.
 
     Args:
-        carry: what the tokens before sum to: k, q, k y, q x, each plus ε (B, 1, HD), the
-            weights and, where the variant needs it, their largest exponent (B, 1, H), the
-            context (B, 1, HDM). None: no tokens before, none to come.
+        carry: what the tokens before sum to: k, q, k y, q x, each plus ε (B, HD), the
+            weights and, where the variant needs it, their largest exponent (B, H), the
+            context (B, HDM). None: no tokens before, none to come.
         q: logits (B, L, H, D). k: (B, L, H, D). v: (B, L, H, M). L a multiple of 64.
         n: 1, 2, ... of the tokens, (1, L, 1, 1). real: which are no padding, None for all.
 
     Returns:
-        (BG, 64, H, M) and the carry behind these tokens, empty for None.
+        (BG, H, 64, M) and the carry behind these tokens, empty for None.
     """
-    batch, length, heads = q.shape[:3]
+    batch, length, heads, width = q.shape
     eps, outer, count = variant.eps, variant.outer_eps, length // CHUNK
     q, k, v = (x.reshape(batch * count, CHUNK, heads, x.shape[3]) for x in (q, k, v))
-    q = feature_map(q.permute(0, 2, 1, 3), variant)  # (BG, H, c, D)
-    kt = feature_map(k.permute(0, 2, 3, 1), variant)  # (BG, H, D, c)
+    # The features first: a transpose of what has just been written is cheaper.
+    q = feature_map(q, variant).permute(0, 2, 1, 3)  # (BG, H, c, D)
+    kt = feature_map(k, variant).permute(0, 2, 3, 1)  # (BG, H, D, c)
     v = v.permute(0, 2, 1, 3)
-    n = n.reshape(count, 1, CHUNK)
-    real = None if real is None else real.reshape(count, 1, CHUNK)
+    n = n.reshape(count, 1, 1, CHUNK)
+    if not _single(batch):
+        n = n.repeat(batch, 1, 1, 1)
+    n_column = n.reshape(n.shape[0], 1, CHUNK, 1)
     lower = torch.ones(CHUNK, CHUNK, dtype=q.dtype, device=q.device).tril()
     upper = torch.ones(CHUNK, CHUNK, dtype=q.dtype, device=q.device).triu()
     upper_eps = upper * eps
     product = q @ kt  # (BG, H, c, c)
     past, future = product * lower, product * upper
-    q_sum, k_sum = q.sum(dim=3), kt.sum(dim=2)  # (BG, H, c)
+    q_sum, k_sum = q.sum(dim=3).unsqueeze(2), kt.sum(dim=2, keepdim=True)  # (BG, H, 1, c)
     behind: list[Tensor] = []
-
-    def by_chunk(x: Tensor) -> Tensor:  # (BG, ...) -> (B, G, ...)
-        return x.unflatten(0, (batch, count))
 
     def before(x: Tensor, start: Tensor | float) -> Tensor:
         """Return start plus the sum over the earlier chunks, (BG, ...) -> (BG, ...)."""
-        flat = by_chunk(x.flatten(1))
-        sums = exclusive_prefix(flat)
-        if isinstance(start, Tensor) or start:
-            sums = sums + start
-        if carry is not None:
-            behind.append(flat.new_ones(1, count) @ flat + start)
-        return sums.reshape(x.shape)
+        if isinstance(start, Tensor):
+            sums, following = carried(x, start, count)
+            behind.append(following)
+            return sums
+        sums = exclusive_prefix(x.flatten(1).unflatten(0, (batch, count)))
+        return (sums + start if start else sums).reshape(x.shape)
 
-    def flow(inside: Tensor, outside: Tensor, sums: Tensor, total: Tensor) -> Tensor:
-        """Σ_{s≤t} (a_t + ε) · b_s + ε Σ (a_t + ε) + ε₂, (B, G, H, c); sums, total: Σ_d b."""
-        result = inside + sums @ upper_eps + (outside + total * eps)
-        return by_chunk(result + outer if outer else result)
+    def rest(sums: Tensor, earlier: Tensor) -> Tensor:
+        """Return ε Σ_{s≤t} Σ_d b_s + ε₂, (BG, H, 1, c); sums: Σ_d b, earlier: (BG, H, 1, D)."""
+        row = sums @ upper_eps + earlier.sum(dim=3, keepdim=True) * eps
+        return row + outer if outer else row
 
+    # Σ_{s≤t} (a_t + ε) · b_s + ε Σ (a_t + ε) + ε₂: sinks are columns, sources rows.
     def sink_flow(inside: Tensor, sums: Tensor, moment: Tensor, start: Tensor | float) -> Tensor:
         earlier = before(moment, start)  # (BG, H, D, 1); ε is in the start
-        return flow(
-            inside, (q @ earlier).squeeze(3), sums, earlier.squeeze(3).sum(dim=2, keepdim=True)
-        )
+        row = rest(sums, earlier.reshape(batch * count, heads, 1, width))
+        return inside + (q @ earlier + row.reshape(inside.shape))
 
     def source_flow(inside: Tensor, sums: Tensor, moment: Tensor, start: Tensor | float) -> Tensor:
         earlier = before(moment, start)  # (BG, H, 1, D)
-        return flow(
-            inside, (earlier @ kt).squeeze(2), sums, earlier.squeeze(2).sum(dim=2, keepdim=True)
-        )
+        return inside + (earlier @ kt + rest(sums, earlier))
+
+    def total(x: Tensor, dim: int) -> Tensor:
+        return x.sum(dim=dim, keepdim=True)
 
     starts = (eps,) * 4 if carry is None else carry[:4]
-    x = n / sink_flow(past.sum(dim=3), k_sum, kt.sum(dim=3, keepdim=True), starts[0])
-    y = n / source_flow(future.sum(dim=2), q_sum, q.sum(dim=2, keepdim=True), starts[1])
-    own_x, own_y = x.flatten(0, 1), y.flatten(0, 1)  # (BG, H, c)
-    column, row = own_y.unsqueeze(3), own_x.unsqueeze(2)
-    sink = sink_flow((past @ column).squeeze(3), k_sum * own_y, kt @ column, starts[2]) / n
-    source = source_flow((row @ future).squeeze(2), q_sum * own_x, row @ q, starts[3]) / n
-    weight, total, highest = _weights(source, real, carry, variant)
-    total = weight @ upper + by_chunk(before(weight.sum(dim=3).flatten(0, 1), total).unsqueeze(2))
+    x = n_column / sink_flow(total(past, 3), k_sum, total(kt, 3), starts[0])
+    y = n / source_flow(total(future, 2), q_sum, total(q, 2), starts[1])
+    row, column = x.reshape(y.shape), y.reshape(x.shape)
+    sink = sink_flow(past @ column, k_sum * y, kt @ column, starts[2]) / n_column
+    source = source_flow(row @ future, q_sum * row, row @ q, starts[3]) / n
+    weight, start, highest = _weights(source, (batch, count), real, carry, variant)
+    competition = weight * n / (weight @ upper + before(total(weight, 3), start))
     behind += highest
-    valued = v * (weight * n / total).flatten(0, 1).unsqueeze(3)
+    valued = v * competition.reshape(x.shape)
     context = before(kt @ valued, 0.0 if carry is None else carry[-1])
-    result = (past @ valued + q @ context) * (x / n * sink.sigmoid()).flatten(0, 1).unsqueeze(3)
-    return result.permute(0, 2, 1, 3), tuple(behind)
+    result = (past @ valued + q @ context) * (x / n_column * sink.sigmoid())
+    return result, tuple(behind)
 
 
 def _weights(
-    source: Tensor, real: Tensor | None, carry: tuple[Tensor, ...] | None, variant: FlowVariant
+    source: Tensor,
+    groups: tuple[int, int],
+    real: Tensor | None,
+    carry: tuple[Tensor, ...] | None,
+    variant: FlowVariant,
 ) -> tuple[Tensor, Tensor | float, list[Tensor]]:
-    """Return the weights (B, G, H, c), those before them (B, 1, H), the largest exponent so far.
+    """Return the weights (BG, H, 1, c), those before them (B, H), the largest exponent so far.
 
     Without a clamp that keeps exp small the shift is the largest so far: an earlier total
     follows it by a factor; what the context holds is divided by its own total already.
     """
-    if variant.needs_maximum and real is not None:
-        # Padding must not raise the maximum: it would push all real weights to 0.
-        source = torch.where(real, source, source[:, :1, :, :1])
-    if carry is None:
-        return weights(source, variant, 1, 3), 0.0, []
     if not variant.needs_maximum:
-        return weights(source, variant), carry[4], []
-    total, highest = carry[4:6]
+        return weights(source, variant), 0.0 if carry is None else carry[4], []
+    chunks = source.squeeze(2).unflatten(0, groups)  # (B, G, H, c)
+    if real is not None:
+        # Padding must not raise the maximum: it would push all real weights to 0.
+        real = real.reshape(-1, 1, CHUNK)
+        chunks = torch.where(real, chunks, chunks[:, :1, :, :1])
+    if carry is None:
+        return weights(chunks, variant, 1, 3).reshape(source.shape), 0.0, []
+    before, highest = carry[4:6]
     if variant.clamp is not None:
-        source = source.clamp(*variant.clamp)
-    shift = torch.maximum(highest, source.amax(dim=(1, 3)).unsqueeze(1))
-    weight = (source - shift.unsqueeze(3)).exp()
-    return weight, total * (highest - shift).exp(), [shift]
+        chunks = chunks.clamp(*variant.clamp)
+    shift = torch.maximum(highest, chunks.amax(dim=(1, 3)))
+    weight = (chunks - shift.unsqueeze(1).unsqueeze(3)).exp().reshape(source.shape)
+    return weight, before * (highest - shift).exp(), [shift]
