@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flowexport import measure_forms
+from flowexport.baseline.programs import lowered
+from flowexport.core.errors import ConversionError
+from flowexport.core.types import Options
 from flowexport.ops.descriptor import AttentionSite
 from flowexport.ops.flow_attention import VARIANTS, op_arguments, table
 from flowexport.ops.flow_attention.lowered import FORMS, applicable
+from flowexport.registry import TARGETS
+from flowexport.resolve import find_recipe, resolve
+from flowexport.ops.segments import loops
 
 
 def site(tokens: int | str, heads: int, width: int, variant: str) -> AttentionSite:
@@ -80,6 +89,8 @@ def test_the_form_of_least_memory_is_taken_where_nearly_as_fast(
     where = AttentionSite("FlowAttention", "", *[shape] * 3, op_arguments(VARIANTS["causal"]))
     choice = table.choose("onnx", "fp32", where)
     assert choice.form == form and choice.reason.startswith(f"{forms[form]:.2f}x the published")
+    with loops(False), loops():  # for a target whose loops are not used: many copies
+        assert table.choose("onnx", "fp32", where).form == "causal_chunked"
 
 
 def test_written_rows_replace_those_of_the_same_size(
@@ -107,9 +118,47 @@ def test_written_rows_replace_those_of_the_same_size(
         table.rows.cache_clear()
 
 
-def test_the_choices_print_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
-    from flowexport import measure_forms
+@pytest.mark.parametrize("recipe", ["digits", "japanese-vowels", "japanese-vowels-streaming"])
+@pytest.mark.parametrize("target", measure_forms.TARGETS)
+def test_attentions_of_shipped_models_are_near_a_measured_row(recipe: str, target: str) -> None:
+    program = lowered(resolve(find_recipe(recipe)), attention=True)
+    assert program.attentions
+    for where in program.attentions:
+        _, tokens, heads, width = where.k_shape
+        causal = table.variant_of(where.arguments).causal
+        row = table.nearest(target, causal, int(tokens), heads * width)
+        assert row is not None
+        assert 0.25 <= tokens / row["tokens"] <= 4 and 0.5 <= heads * width / row["channels"] <= 2
 
+
+def test_a_refused_form_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = TARGETS.get("onnx")
+    convert = type(target).convert
+
+    def refuse(self: Any, program: Any, options: Options, out: Path) -> Any:
+        if options.extra["form"] != "published":
+            raise ConversionError("convert onnx layer: not this one.")
+        return convert(self, program, options, out)
+
+    monkeypatch.setattr(type(target), "convert", refuse)
+    arguments = ["--target", "onnx", "--stage", "6", "--seconds", "0.01"]
+    assert measure_forms.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "published  " in printed
+    assert re.search(r"token_major +refused: convert onnx layer: not this one", printed)
+    assert measure_forms.main([*arguments, "--form", "token_major"]) == 3
+    assert "not this one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "8"])
+def test_a_stage_that_is_none(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure_forms.main(["--stage", number]) == 2
+    assert f"--stage is {number}; expected 1 to 7" in capsys.readouterr().err
+
+
+def test_the_choices_print_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
     assert measure_forms.main(["--chosen", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     sizes = len(measure_forms.STAGES) + len(measure_forms.CAUSAL)

@@ -12,6 +12,7 @@ import pytest
 from flowexport.core.errors import ConversionError, FlowExportError, InputError, UnavailableError
 from flowexport.core.hashing import sha256_file
 from flowexport.core.types import Artifact, Options, Precision
+from flowexport.ops.flow_attention import causal
 from flowexport.ops.flow_attention.tensorrt.build import source_hash
 from flowexport.targets.tensorrt import TARGET, sdk
 from flowexport.targets.tensorrt.build import ADDR_NO_RANDOMIZE
@@ -283,3 +284,19 @@ def test_two_variants_keep_their_own_bodies(tmp_path: Path) -> None:
     # φ of the second attention is relu, of its q and its k; the first has none.
     assert names.count("Relu") == 2
     assert mixed.fusions == {"FlowAttention": 0}
+
+
+@needs_rtx
+def test_a_long_causal_sequence_has_no_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX 1.7 gives no engine for this model's Scan."""
+    monkeypatch.setattr(causal, "SEGMENT", 1)
+    module = programs.Attend("causal", 2).eval()
+    lowered = programs.program(module, "long", shape=(1, 100, programs.WIDTH))
+    extra = {"check_rebuild": False, "form": "causal_scan", "plugin": False}
+    options = Options(extra={**extra, "compute_capabilities": ["8.9"]})
+    long = TARGET.convert(lowered, options, tmp_path)
+    assert long.form == "decomposed: causal_scan"
+    types = long.details["layer_types"]
+    assert types["gemm"] > 0 and "cjmp" not in types, "a loop ends in a conditional jump"

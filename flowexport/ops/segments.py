@@ -10,19 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LOOPS: ContextVar[bool] = ContextVar("loops", default=False)
+_LOOPS: ContextVar[bool | None] = ContextVar("loops", default=None)
 
 Step = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 
 
 @contextmanager
-def loops() -> Iterator[None]:
-    """Export each :func:`over_segments` within, of a static batch, as one ``scan`` operator."""
-    token = _LOOPS.set(True)
+def loops(wanted: bool = True) -> Iterator[None]:
+    """Export each :func:`over_segments` within, of a static batch, as one ``scan`` operator.
+
+    Not ``wanted``: as copies, even where a ``loops()`` is within.
+    """
+    token = _LOOPS.set(wanted and may_loop())
     try:
         yield
     finally:
         _LOOPS.reset(token)
+
+
+def may_loop() -> bool:
+    """Whether no ``loops(False)`` is around."""
+    return _LOOPS.get() is not False
 
 
 def over_segments(

@@ -18,6 +18,7 @@ from typing import Any
 
 from flowexport.ops.descriptor import AttentionSite, Choice
 from flowexport.ops.flow_attention.op import variant_of
+from flowexport.ops.segments import may_loop
 
 TABLE = Path(__file__).with_name("table.json")
 
@@ -62,7 +63,7 @@ def choose(target: str, precision: str, site: AttentionSite) -> Choice:
         if precision != "fp32":
             # Their weights are factors of products, which no quantiser stores in less.
             measured = [(f, r) for f, r in measured if not f.endswith(WITH_LAYERS)]
-        if not isinstance(site.k_shape[0], int):
+        if not (isinstance(site.k_shape[0], int) and may_loop()):
             measured = [(f, r) for f, r in measured if f != SEGMENTED]  # no loop, many copies
         form, ratio = max(measured, key=lambda item: item[1], default=("published", 1.0))
         if ratio <= 1:

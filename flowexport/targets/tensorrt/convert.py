@@ -18,6 +18,7 @@ from flowexport.lowering.artifact import finished
 from flowexport.ops.flow_attention.tensorrt.build import kernel_problem, source_hash
 from flowexport.ops.flow_attention.tensorrt.kernel import MAX_WIDTH
 from flowexport.ops.flow_attention.tensorrt.plugin_fields import NAME, NAMESPACE, VERSION
+from flowexport.ops.segments import loops
 from flowexport.targets.onnx import TARGET as ONNX
 from flowexport.targets.onnx.options import KEYS as ONNX_KEYS
 from flowexport.targets.tensorrt import sdk
@@ -94,7 +95,8 @@ def convert(program: LoweredProgram, options: Options, out: Path, library: sdk.S
     path = out / f"{program.model}.engine"
     with tempfile.TemporaryDirectory(prefix=".tensorrt-", dir=out) as folder:
         scratch = Path(folder)
-        source = ONNX.convert(program, _onnx_options(options), scratch)
+        with loops(False):  # TensorRT-RTX 1.7 fails to build some of ONNX's Scans
+            source = ONNX.convert(program, _onnx_options(options), scratch)
         plugin = None
         if decision.plugin:
             onnx, count = with_plugin(source.path, scratch, where)
