@@ -28,12 +28,20 @@ import numpy as np
 from flowexport.bench.machine import load_average, machine_facts
 from flowexport.bench.measure import measure
 from flowexport.bench.statistics import ratio_of_medians
-from flowexport.core.errors import FlowExportError, UnknownNameError, VerificationError
+from flowexport.core.errors import (
+    ConversionError,
+    FlowExportError,
+    InputError,
+    UnknownNameError,
+    VerificationError,
+)
 from flowexport.core.types import Options, TensorSpec
 
-# (tokens, heads, width): the vision model's four stages at 224 x 224.
-STAGES = ((3136, 12, 8), (784, 12, 16), (196, 12, 32), (49, 12, 64))
-CAUSAL = ((64, 8, 64), (256, 8, 64), (1024, 8, 64), (4096, 8, 64))
+# (tokens, heads, width): the vision model's four stages at 224 x 224; then small layers, as the
+# digits' first two stages and the time-series model of 29 steps have them.
+SMALL = ((64, 3, 16), (16, 6, 16), (29, 8, 16))
+STAGES = ((3136, 12, 8), (784, 12, 16), (196, 12, 32), (49, 12, 64), *SMALL)
+CAUSAL = ((64, 8, 64), (256, 8, 64), (1024, 8, 64), (4096, 8, 64), (29, 4, 16))
 TARGETS = ("onnx", "tflite")
 # Forms differ in the order of float32 sums only.
 TOLERANCE = 2e-5
@@ -99,10 +107,13 @@ def measure_stage(
 
     Returns:
         ``{"tokens", "width", "heads", "variant", "forms": {form: {"ms_p50",
-        "ratio": {"median", "ci_low", "ci_high"}, "max_error"}}, "load"}`` where
-        ratio is the published form's time over the form's, above 1 is faster.
+        "ratio": {"median", "ci_low", "ci_high"}, "max_error"}}, "refused":
+        {form: reason}, "load"}`` where ratio is the published form's time over the
+        form's, above 1 is faster; refused are forms that the runtime's converter
+        does not take at this size.
 
     Raises:
+        ConversionError: the converter refuses the published form or one of ``forms``.
         VerificationError: a form's result is not the published form's.
     """
     from flowexport import registry
@@ -122,11 +133,18 @@ def measure_stage(
         ops=[DESCRIPTOR],
     )
     sessions = {}
+    refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             out = Path(folder) / name
             out.mkdir()
-            artifact = target.convert(program, Options(extra={"form": name}), out)
+            try:
+                artifact = target.convert(program, Options(extra={"form": name}), out)
+            except ConversionError as error:
+                if forms is not None or name == "published":
+                    raise
+                refused[name] = str(error)
+                continue
             sessions[name] = target.load(artifact, threads=1)
         try:
             return {
@@ -135,6 +153,7 @@ def measure_stage(
                 "heads": heads,
                 "variant": variant,
                 "forms": _compare(sessions, {"x": x}, min_runs, min_seconds),
+                "refused": refused,
                 "load": load_average(),
             }
         finally:
@@ -176,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flowexport.measure_forms", description=__doc__)
     parser.add_argument("--target", default="onnx", help=f"one of {', '.join(TARGETS)}")
     parser.add_argument("--form", action="append", help="measure this form only (repeatable)")
-    parser.add_argument("--stage", type=int, action="append", help="1 to 4 (repeatable)")
+    parser.add_argument(
+        "--stage", type=int, action="append", help="1 to 7, causal 1 to 5 (repeatable)"
+    )
     parser.add_argument("--causal", action="store_true", help="the causal forms instead")
     parser.add_argument("--seconds", type=float, default=1.0, help="CPU time a form")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -190,6 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.target not in TARGETS:
             raise UnknownNameError("target", options.target, TARGETS, where="measure forms")
         sizes = CAUSAL if options.causal else STAGES
+        for number in options.stage or ():
+            if not 1 <= number <= len(sizes):
+                raise InputError(f"measure forms: --stage is {number}; expected 1 to {len(sizes)}.")
         chosen = [sizes[i - 1] for i in options.stage or range(1, len(sizes) + 1)]
         variant = "causal" if options.causal else "vision"
         stages = []
@@ -264,6 +288,8 @@ def _print(stage: Mapping[str, Any]) -> None:
             f"  {name:<26}{row['ms_p50']:9.2f} ms  {ratio['median']:5.2f}x"
             f" [{ratio['ci_low']:.2f}, {ratio['ci_high']:.2f}]  error {row['max_error']:.0e}"
         )
+    for name, reason in stage["refused"].items():
+        print(f"  {name:<26}refused: {reason}")
     sys.stdout.flush()
 
 
