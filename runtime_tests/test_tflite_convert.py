@@ -96,6 +96,7 @@ def test_no_operator_copies_what_it_could_read(tmp_path: Path) -> None:
     for graph, op, name in flatbuffer.operators(model):
         if name == "FULLY_CONNECTED" and len(graph.tensors[op.inputs[0]].shape) == 3:
             assert op.builtinOptions.keepNumDims
+        assert name != "SUM" or op.builtinOptions.keepDims
     touched = {
         int(i) for g, op, _ in flatbuffer.operators(model) for i in (*op.inputs, *op.outputs)
     }
@@ -107,6 +108,29 @@ def test_no_operator_copies_what_it_could_read(tmp_path: Path) -> None:
         results.append(interpreter.get_signature_runner()(**feeds))
     wanted = truth(layer("vision"), feeds)
     assert all(largest_error(r, wanted) <= FP32_TOLERANCE for r in results)
+
+
+def test_a_reduction_that_something_else_reads_stays_as_it_is(tmp_path: Path) -> None:
+    class Sums(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            total, mean = x.sum(dim=2) + 1.0, x.mean(dim=1)
+            return total.unsqueeze(2) * x + mean.unsqueeze(1), mean
+
+    program = lower(Sums(), [TensorSpec("x", (2, 6, 4))], ["y", "mean"], name="sums", ops=())
+    artifact = TARGET.convert(program, Options(), tmp_path)
+    kept = {
+        name: op.builtinOptions.keepDims
+        for _, op, name in flatbuffer.operators(flatbuffer.read_model(artifact.path))
+        if name in ("SUM", "MEAN")
+    }
+    assert kept == {"SUM": True, "MEAN": False}, "the mean is a result"
+    x = np.random.default_rng(0).standard_normal((2, 6, 4), np.float32)
+    with TARGET.load(artifact) as session:
+        result = session.run({"x": x})
+    mean = x.mean(1)
+    np.testing.assert_allclose(result["mean"], mean, atol=1e-6)
+    wanted = (x.sum(2, keepdims=True) + 1) * x + mean[:, None]
+    np.testing.assert_allclose(result["y"], wanted, atol=1e-5)
 
 
 def test_operators_that_stay_outside_xnnpack_are_named(tmp_path: Path) -> None:

@@ -134,19 +134,25 @@ def flows(
     eps, outer = variant.eps, variant.outer_eps
     one = q.new_ones(1)
 
-    if variant.flow_axis == "tokens":
+    if variant.flow_axis == "tokens" and products:
 
         def dot(a: Tensor, total: Tensor) -> Tensor:  # (B,H,D,N), (B,H,1,D) -> (B,H,1,N)
             total = total + eps
-            rest = total.sum(dim=-1, keepdim=True) * eps + outer
-            if products:
-                return total @ a + rest
-            return (a * total.transpose(2, 3)).sum(dim=2, keepdim=True) + rest
+            return total @ a + (total.sum(dim=3, keepdim=True) * eps + outer)
 
         def total(x: Tensor, weight: Tensor | None = None) -> Tensor:
-            if weight is not None and products:
+            if weight is not None:
                 return weight @ x.transpose(2, 3)
-            return (x if weight is None else x * weight).sum(dim=-1).unsqueeze(2)
+            return x.sum(dim=3).unsqueeze(2)
+    elif variant.flow_axis == "tokens":
+
+        def dot(a: Tensor, total: Tensor) -> Tensor:  # (B,H,D,N), (B,H,D,1) -> (B,H,1,N)
+            total = total + eps
+            rest = total.sum(dim=2, keepdim=True) * eps + outer
+            return (a * total).sum(dim=2, keepdim=True) + rest
+
+        def total(x: Tensor, weight: Tensor | None = None) -> Tensor:
+            return (x if weight is None else x * weight).sum(dim=3, keepdim=True)
     else:
 
         def dot(a: Tensor, total: Tensor) -> Tensor:  # (B,H,D,N), (B,1,D,N) -> (B,H,1,N)

@@ -15,6 +15,7 @@ import numpy as np
 # They change no shape, so the shape of their input is that of their result.
 _ELEMENTWISE = ("LOGISTIC", "RELU", "TANH", "GELU")
 _BROADCASTING = ("ADD", "SUB", "MUL", "DIV")
+_REDUCTIONS = ("SUM", "MEAN", "REDUCE_MAX", "REDUCE_MIN")
 _FLOAT32 = 0  # schema.fbs: TensorType
 
 
@@ -25,6 +26,7 @@ def without_copies(model: Any) -> None:
       copies the input.
     * A matrix product reads what only a leading 1 was dropped from.
     * A matrix product reads a transposed right side itself.
+    * A reduction keeps the axes that a reshape behind it puts back as ones.
 
     Args:
         model: of the TFLite schema, as :func:`flatbuffer.read_model` returns it.
@@ -70,6 +72,8 @@ class _Graph:
         for op in self.graph.operators:
             if self.name(op) == "FULLY_CONNECTED":
                 self.keep_dimensions(op)
+            elif self.name(op) in _REDUCTIONS:
+                self.keep_reduced(op)
         products = [
             op
             for op in self.graph.operators
@@ -113,6 +117,39 @@ class _Graph:
         for reader in readers:
             if self.shape(int(reader.outputs[0])) == wanted:
                 self.replace(int(reader.outputs[0]), chain[-1])
+
+    def keep_reduced(self, op: Any) -> None:
+        """Keep reduced axes where only scalars stand between and the reshapes that restore them."""
+        given, axes = self.shape(int(op.inputs[0])), self.constant(int(op.inputs[1]))
+        reduced = {axis % len(given) for axis in axes}
+        wanted = tuple(1 if i in reduced else d for i, d in enumerate(given))
+        if op.builtinOptions.keepDims or not reduced:
+            return
+        chain = [int(op.outputs[0])]
+        while True:
+            readers = self.readers[chain[-1]]
+            if chain[-1] in self.kept or not readers:
+                return
+            if all(self.name(r) == "RESHAPE" for r in readers):
+                break
+            if len(readers) > 1 or not self.with_scalar(readers[0], chain[-1]):
+                return
+            chain.append(int(readers[0].outputs[0]))
+        restoring = [r for r in readers if self.shape(int(r.outputs[0])) == wanted]
+        if not restoring or any(int(r.outputs[0]) in self.kept for r in restoring):
+            return
+        op.builtinOptions.keepDims = True
+        for tensor in chain:
+            self.set_shape(tensor, wanted)
+        for reader in restoring:
+            self.replace(int(reader.outputs[0]), chain[-1])
+
+    def with_scalar(self, op: Any, tensor: int) -> bool:
+        """Say whether ``op`` is elementwise on ``tensor`` alone, or with a scalar beside it."""
+        if self.name(op) in _ELEMENTWISE:
+            return True
+        others = [int(i) for i in op.inputs if int(i) != tensor]
+        return self.name(op) in _BROADCASTING and [self.shape(i) for i in others] == [()]
 
     def read_unreshaped(self, op: Any) -> None:
         for position in (0, 1):
