@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flowexport.baseline.programs import (
+    absorbed_passes,
     absorbed_products,
     causal_products,
     features_and_products,
@@ -31,8 +32,9 @@ from flowexport.registry import TARGETS
 # Rounding in another order over sums of up to 4,096 tokens.
 TOLERANCE = 5e-5
 CHECKED_STEPS = 32
-# Further sessions of a row: the bound with features and products, our own forward.
-PRODUCTS, OWN_FORWARD = "products", "own_forward"
+# Further sessions of a row: the bound with features and products, that with the flows' passes
+# over the tokens too, our own forward.
+PRODUCTS, PASSES, OWN_FORWARD = "products", "passes", "own_forward"
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def published(row: Row, root: Path) -> dict[str, Artifact]:
 
     The bounds are our conversion of the same module with less in it: a layer's projections
     alone (``limit``), and all with the features and the products but no flow (``products``),
-    in the layout that costs the runtime least.
+    in the layout that costs the runtime least; on LiteRT, where that layout absorbs projections,
+    also with the flows' passes over the tokens (``passes``).
     """
     if row.kind == "layer":
         module = layer(row.tokens, row.heads, row.width, "vision").eval()
@@ -141,6 +144,8 @@ def published(row: Row, root: Path) -> dict[str, Artifact]:
     if row.kind == "layer":
         artifacts[LIMIT] = _replaced(row, module, inputs, projections_only, root / LIMIT)
     artifacts[PRODUCTS] = products_bound(row, module, inputs, root / PRODUCTS)
+    if _absorbs(row):
+        artifacts[PASSES] = absorbed_bound(row, module, inputs, absorbed_passes, root / PASSES)
     return artifacts
 
 
@@ -149,9 +154,24 @@ def products_bound(row: Row, module: Any, inputs: Sequence[TensorSpec], out: Pat
     if row.kind == "causal":
         with loops() if row.target == "onnx" else nullcontext():
             return _replaced(row, module, inputs, causal_products, out)
-    # Absorbing pays where the small products, (D, C) by (C, D), weigh less than v's projection.
-    if row.target != "tflite" or row.tokens < row.heads * row.width:
+    if not _absorbs(row):
         return _replaced(row, module, inputs, features_and_products, out)
+    return absorbed_bound(row, module, inputs, absorbed_products, out)
+
+
+def _absorbs(row: Row) -> bool:
+    """Say whether absorbing pays: the small products, (D, C) by (C, D), weigh less than v's."""
+    return row.kind == "layer" and row.target == "tflite" and row.tokens >= row.heads * row.width
+
+
+def absorbed_bound(
+    row: Row, module: Any, inputs: Sequence[TensorSpec], function: Any, out: Path
+) -> Artifact:
+    """Return our conversion of a layer with v's and the output's layers given to a function.
+
+    Args:
+        function: as :func:`absorbed_products`.
+    """
     import torch
     from torch import nn
 
@@ -172,7 +192,7 @@ def products_bound(row: Row, module: Any, inputs: Sequence[TensorSpec], out: Pat
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             q, k = (f(x).unflatten(-1, (row.heads, row.width)) for f in (self.q, self.k))
             weights = (self.v.weight, self.proj.weight, self.proj.bias)
-            return absorbed_products(q, k, x, *weights, *op_arguments(VARIANTS["vision"]))
+            return function(q, k, x, *weights, *op_arguments(VARIANTS["vision"]))
 
     return _converted(row, Absorbed(), inputs, ["y"], out)
 

@@ -16,6 +16,7 @@ from way_tools import refused, write_model
 
 from flowexport.baseline import compare, compare_sessions
 from flowexport.baseline.programs import (
+    absorbed_passes,
     absorbed_products,
     features_and_products,
     lowered,
@@ -225,7 +226,7 @@ def test_a_recipe_of_other_targets_says_which_there_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vision", "lra"])
-def test_the_bounds_with_products_are_linear_attention_without_a_flow(name: str) -> None:
+def test_the_bounds_compute_what_they_say(name: str) -> None:
     variant = VARIANTS[name]
     q, k, v = (torch.randn(2, n, 3, w, dtype=torch.float64) for n, w in ((5, 4), (7, 4), (7, 6)))
     fq, fk = feature_map(q, variant), feature_map(k, variant)
@@ -238,3 +239,9 @@ def test_the_bounds_with_products_are_linear_attention_without_a_flow(name: str)
     v = (x @ wv.T).unflatten(2, (3, 6))
     wanted = torch.einsum("blhd,bshd,bshm->blhm", fq, fk, v).flatten(2) @ wo.T + bias
     torch.testing.assert_close(absorbed_products(q, k, x, wv, wo, bias, *arguments), wanted)
+    incoming = torch.einsum("blhd,bhd->blh", fq, fk.sum(1))[..., None]
+    outgoing = torch.einsum("bshd,bhd->bsh", fk, fq.sum(1))[..., None]
+    allocated = fq * torch.einsum("blhd,bhd->blh", fq, (fk * outgoing).sum(1))[..., None]
+    weighted = fk * torch.einsum("bshd,bhd->bsh", fk, (fq * incoming).sum(1))[..., None]
+    flows = torch.einsum("blhd,bshd,bshm->blhm", allocated, weighted, v).flatten(2) @ wo.T + bias
+    torch.testing.assert_close(absorbed_passes(q, k, x, wv, wo, bias, *arguments), flows)

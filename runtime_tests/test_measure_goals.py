@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from flowexport import measure_goals
-from flowexport.baseline.programs import causal_products
+from flowexport.baseline.programs import absorbed_passes, causal_products
 from flowexport.core.errors import VerificationError
 from flowexport.core.types import TensorSpec
-from flowexport.goal_sides import products_bound
+from flowexport.goal_sides import absorbed_bound, products_bound
 from flowexport.measure_forms import layer, quiet_libraries
 from flowexport.measure_goals import ROWS, Row, measure_row
 from flowexport.ops.flow_attention import VARIANTS, causal, op_arguments
@@ -85,19 +85,26 @@ def test_other_packages_warnings_are_held_back(
     assert [str(w.message) for w in recwarn] == ["ours"]
 
 
-def test_the_litert_bound_holds_features_and_products_alone(tmp_path: Path) -> None:
+def test_the_litert_bounds_hold_features_products_and_passes_alone(tmp_path: Path) -> None:
     row = Row("layer", "tflite", 12, 2, 4, wanted=1.0)
     inputs = [TensorSpec("x", (1, 12, 8))]
-    bound = products_bound(row, layer(12, 2, 4, "vision").eval(), inputs, tmp_path / "bound")
-    assert bound.details["delegation"]["serving_default"]["partitions"] == 1
-    counts = bound.details["operators"]
-    assert {n: c for n, c in counts.items() if n not in ("RESHAPE", "TRANSPOSE")} == {
+    module = layer(12, 2, 4, "vision").eval()
+    bound = products_bound(row, module, inputs, tmp_path / "products")
+    passes = absorbed_bound(row, module, inputs, absorbed_passes, tmp_path / "passes")
+    wanted = {
         "FULLY_CONNECTED": 2,  # q, k
         "LOGISTIC": 2,
         "BATCH_MATMUL": 4,  # kᵀ x and q M of the projections' size, two small ones between
         "ADD": 1,  # the output's bias
     }
-    assert counts["TRANSPOSE"] <= 3
+    for artifact in (bound, passes):
+        assert artifact.details["delegation"]["serving_default"]["partitions"] == 1
+        counts = artifact.details["operators"]
+        assert counts["TRANSPOSE"] <= 3
+        assert {n: c for n, c in counts.items() if n not in ("RESHAPE", "TRANSPOSE")} == wanted
+        assert counts["RESHAPE"] == bound.details["operators"]["RESHAPE"]
+        # Four dots, two weighted totals, two scalings; four dots' sums, four totals.
+        wanted |= {"MUL": 8, "SUM": 8}
 
 
 @pytest.mark.slow  # three LiteRT conversions
