@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -47,19 +48,32 @@ TARGETS = ("onnx", "tflite")
 TOLERANCE = 2e-5
 
 
+# Loggers of what the exporters import: parts that are missing or deprecated, of no use here.
+_TALKATIVE = ("torch.onnx", "torch.utils._pytree", "torchao")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hold back what torch's exporter and its helpers warn of; errors and our own warnings stay."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
+    """Hold back what the exporters and their helpers warn of; errors and our own warnings stay."""
+    import torch  # noqa: F401  its import sets the levels of its loggers
+
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    # LiteRT's converter reads it once, when it first has something to say.
+    native = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"flowexport(\.|$)")
-        exporter.setLevel(logging.ERROR)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # no INFO
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            exporter.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if native is None:
+                os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
 
 
 def layer(tokens: int, heads: int, width: int, variant: str) -> Any:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -74,15 +78,24 @@ def test_the_causal_bound_is_linear_attention(
     torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
 
 
-def test_other_packages_warnings_are_held_back(
-    recwarn: pytest.WarningsRecorder,
-) -> None:
-    logger = logging.getLogger("torch.onnx.anything")
+@pytest.mark.parametrize("name", ["torch.onnx.anything", "torch.utils._pytree", "torchao"])
+def test_other_packages_warnings_are_held_back(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    logger, native = logging.getLogger(name), os.environ.get("TF_CPP_MIN_LOG_LEVEL")
     with quiet_libraries():
         warnings.warn("theirs", FutureWarning, stacklevel=1)
         assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
         warnings.warn_explicit("ours", UserWarning, "x.py", 1, module="flowexport.core")
     assert [str(w.message) for w in recwarn] == ["ours"]
+    assert logger.isEnabledFor(logging.WARNING)
+    assert os.environ.get("TF_CPP_MIN_LOG_LEVEL") == native
+
+
+@pytest.mark.slow  # a process of its own: LiteRT's converter reads its level once
+def test_measuring_litert_leaves_stderr_empty() -> None:
+    arguments = ["--target", "tflite", "--stage", "6", "--form", "published", "--seconds", "0.01"]
+    command = [sys.executable, "-m", "flowexport.measure_forms", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert re.search(r"published +[0-9.]+ ms", done.stdout) and done.stderr == ""
 
 
 def test_the_litert_bounds_hold_features_products_and_passes_alone(tmp_path: Path) -> None:
