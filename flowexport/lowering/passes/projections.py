@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +126,35 @@ def split_fused_projections(
     return edit.finish()
 
 
+def _rewrite_each(
+    exported: ExportedProgram,
+    attention: Collection[Any],
+    wanted: Sequence[bool],
+    match: Callable[[GraphEdit, Node], Sequence[Any]],
+    rewrite: Callable[..., None],
+) -> tuple[ExportedProgram, list[NoMatch | None]]:
+    """Rewrite each wanted attention node of which every part matches.
+
+    Args:
+        match: what a node's rewrite needs; a NoMatch among it leaves the node as it is.
+        rewrite: gets the edit, the node, and what matched.
+
+    Returns:
+        The program, and of each node the first NoMatch, or None.
+    """
+    edit = GraphEdit(exported)
+    nodes = [n for n in edit.graph.nodes if calls(n, *attention)]
+    misses: list[NoMatch | None] = []
+    for node, asked in zip(nodes, wanted, strict=True):
+        found = match(edit, node) if asked else ()
+        misses.append(next((f for f in found if isinstance(f, NoMatch)), None))
+        if asked and misses[-1] is None:
+            rewrite(edit, node, *found)
+    return edit.finish(), misses
+
+
 def project_channel_first(
-    exported: ExportedProgram, attention: tuple[Any, ...], wanted: list[bool]
+    exported: ExportedProgram, attention: tuple[Any, ...], wanted: Sequence[bool]
 ) -> tuple[ExportedProgram, list[NoMatch | None]]:
     """Compute q, k and v channels-first, as W xᵀ + b, for the channel-first form.
 
@@ -141,20 +168,13 @@ def project_channel_first(
         attention: the attention operators' overloads.
         wanted: which attention nodes to rewrite, in execution order.
     """
-    edit = GraphEdit(exported)
-    nodes = [n for n in edit.graph.nodes if calls(n, *attention)]
-    misses: list[NoMatch | None] = []
-    for node, rewrite in zip(nodes, wanted, strict=True):
-        misses.append(None)
-        if not rewrite:
-            continue
-        found = [find_projection(edit, value) for value in node.args[:3]]
-        if miss := next((f for f in found if isinstance(f, NoMatch)), None):
-            misses[-1] = miss
-            continue
+
+    def match(edit: GraphEdit, node: Node) -> Sequence[Any]:
+        return [find_projection(edit, value) for value in node.args[:3]]
+
+    def rewrite(edit: GraphEdit, node: Node, *found: Projection) -> None:
         transposed: dict[Node, Node] = {}
         for position, (letter, p) in enumerate(zip("qkv", found, strict=True)):
-            assert isinstance(p, Projection)
             weight, bias = _slices(edit, p)
             x, like = p.linear.args[0], p.linear
             weight_node = edit.parameter(p.linear.args[1], letter, weight)
@@ -170,7 +190,8 @@ def project_channel_first(
                 y = edit.call(aten.unflatten.int, y, 1, [p.heads, p.width], like=like)
                 y = edit.call(aten.permute.default, y, [0, 3, 1, 2], like=like)
             node.update_arg(position, y)
-    return edit.finish(), misses
+
+    return _rewrite_each(exported, attention, wanted, match, rewrite)
 
 
 def absorb_projections(
@@ -186,20 +207,14 @@ def absorb_projections(
 
     Args:
         attention: the operator with both layers, if it has one, by the operator's overload.
-        wanted: which attention nodes to rewrite, in execution order.
+        wanted: which attention nodes to rewrite, in execution order; one whose operator
+            has none is left without a NoMatch.
     """
-    edit = GraphEdit(exported)
-    nodes = [n for n in edit.graph.nodes if calls(n, *attention)]
-    misses: list[NoMatch | None] = []
-    for node, rewrite in zip(nodes, wanted, strict=True):
-        misses.append(None)
-        if not rewrite or attention[node.target] is None:
-            continue
-        value, output = find_projection(edit, node.args[2]), _output_layer(edit, node)
-        if miss := next((f for f in (value, output) if isinstance(f, NoMatch)), None):
-            misses[-1] = miss
-            continue
-        assert isinstance(value, Projection) and isinstance(output, Node)
+
+    def match(edit: GraphEdit, node: Node) -> Sequence[Any]:
+        return find_projection(edit, node.args[2]), _output_layer(edit, node)
+
+    def rewrite(edit: GraphEdit, node: Node, value: Projection, output: Node) -> None:
         weight, bias = _slices(edit, value)
         layer = [edit.parameter(value.linear.args[1], "v", weight), None]
         if bias is not None:
@@ -209,7 +224,10 @@ def absorb_projections(
         with edit.graph.inserting_before(output):
             y = edit.call(attention[node.target], *arguments, like=node)
         output.replace_all_uses_with(y)
-    return edit.finish(), misses
+
+    nodes = (n for n in exported.graph.nodes if calls(n, *attention))
+    able = [w and attention[n.target] is not None for n, w in zip(nodes, wanted, strict=True)]
+    return _rewrite_each(exported, attention, able, match, rewrite)
 
 
 def _output_layer(edit: GraphEdit, attention: Node) -> Node | NoMatch:
