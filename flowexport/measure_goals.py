@@ -56,8 +56,8 @@ _HEADS, _WIDTH = CAUSAL[0][1:]
 ROWS = (
     *_layers("onnx", (3.0, 1.8, 1.25, 1.0)),
     *_layers("tflite", (1.6, 1.15, 1.0, 1.0)),
-    Row("causal", "onnx", 1024, _HEADS, _WIDTH, 7.0, less_memory=30, rounds=20),
-    Row("causal", "onnx", 4096, _HEADS, _WIDTH, 9.0, less_memory=30, rounds=5),
+    Row("causal", "onnx", 1024, _HEADS, _WIDTH, 7.0, less_memory=30),
+    Row("causal", "onnx", 4096, _HEADS, _WIDTH, 9.0, less_memory=30, rounds=20),
     Row("causal", "tflite", 1024, _HEADS, _WIDTH, 5.0, rounds=20),
     Row("step", "onnx", 1024, _HEADS, _WIDTH, 200.0),
     Row("softmax", "onnx", 196, 12, 32, 1.4),
