@@ -15,7 +15,7 @@ import numpy as np
 
 from flowexport.bundle import Bundle
 from flowexport.core.errors import CheckpointError, InputError, UnknownNameError
-from flowexport.core.reports import CaseResult, Tolerance
+from flowexport.core.tolerances import Tolerance, outside
 from flowexport.core.types import Target, TensorSpec
 from flowexport.evidence import check_files, check_manifest
 from flowexport.parity.bisect import Bisection, Step, Value
@@ -269,7 +269,7 @@ def _inside(trial: Trial, tolerance: Tolerance) -> list[str]:
     held = [
         name
         for name in trial.cases
-        if not CaseResult(name, "", **clipping.get(prefix + name, {})).outside(tolerance)
+        if not outside(name, clipping.get(prefix + name, {}).get("clipped"), tolerance)
     ]
     return held or list(trial.cases)
 

@@ -13,7 +13,8 @@ from test_contract_targets import expected, feeds, program
 
 from flowexport.calibration import load_calibration, spread, write_samples
 from flowexport.core.errors import ConversionError, InputError, UnknownNameError
-from flowexport.core.findings import AccuracyResult, Tolerance
+from flowexport.core.findings import AccuracyResult
+from flowexport.core.tolerances import Tolerance
 from flowexport.core.types import Dataset, Options, Precision, TensorSpec
 from flowexport.lowering.layers import Layer, LayerIndex, weighted_layers
 from flowexport.lowering.quantisation import Treatment, decide, prove, treatment_of

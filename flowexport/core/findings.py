@@ -12,77 +12,16 @@ from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import Any
 
-from flowexport.core.errors import RecipeError, UnknownNameError
+from flowexport.core.tolerances import Tolerance, clips, is_real, outside
 from flowexport.core.types import Verdict
 
 OUTSIDE = "OUTSIDE"
 """What a case is told as that was run but not judged; neither PASS nor FAIL."""
-REAL_SAMPLE, REAL_SET = "sample-", "evaluation"
-"""What the names of cases begin with whose inputs are real samples."""
 
 
 def finite(value: float | None) -> float | None:
     """Return ``value`` as a float, or None where it has no finite value."""
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What an artifact may differ from the float64 reference, and why.
-
-    Attributes:
-        max_rel: largest ``max|a - r| / max|r|`` of any case and output.
-        reason: why these limits are right for this model and precision.
-        min_cosine: smallest cosine similarity of any case and output.
-        min_sqnr_db: smallest signal to quantisation-noise ratio, in dB.
-        min_top1_agreement: share (0..1) of all rows whose arg max is the reference's.
-        max_accuracy_drop: points (0..100) of accuracy that may be lost on the evaluation set.
-        min_prediction_agreement: share (0..1) of evaluation samples predicted as the reference.
-    """
-
-    max_rel: float
-    reason: str
-    min_cosine: float | None = None
-    min_sqnr_db: float | None = None
-    min_top1_agreement: float | None = None
-    max_accuracy_drop: float | None = None
-    min_prediction_agreement: float | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.reason, str) or not self.reason.strip():
-            raise RecipeError("tolerance: reason is empty; expected why these limits are right.")
-        bounds = {
-            "max_rel": (0.0, 1.0),
-            "min_cosine": (-1.0, 1.0),
-            "min_sqnr_db": (-math.inf, math.inf),
-            "min_top1_agreement": (0.0, 1.0),
-            "max_accuracy_drop": (0.0, 100.0),
-            "min_prediction_agreement": (0.0, 1.0),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is None and name != "max_rel":
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not low <= value <= high:
-                raise RecipeError(
-                    f"tolerance: {name} has {value!r}; expected a number in [{low:g}, {high:g}]."
-                )
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Tolerance:
-        """Read a recipe's tolerance; raises RecipeError, or UnknownNameError for a key."""
-        known = {f.name for f in fields(cls)}
-        for key in data:
-            if key not in known:
-                raise UnknownNameError("tolerance key", str(key), known)
-        for key in ("max_rel", "reason"):
-            if key not in data:
-                raise RecipeError(f"tolerance: {key} is missing; expected max_rel and reason.")
-        return cls(**data)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -128,19 +67,11 @@ class CaseResult:
     @property
     def real(self) -> bool:
         """Whether the inputs are samples of a data set, not drawn."""
-        parts = self.case.split("/")
-        return any(p == REAL_SET or p.startswith(REAL_SAMPLE) for p in parts)
+        return is_real(self.case)
 
     def outside(self, tolerance: Tolerance) -> bool:
-        """Whether a drawn case is so far outside the calibrated ranges that it is not judged.
-
-        A statically quantised file clips there by its nature. Where that alone takes more of a
-        layer's values than the tolerance allows of the outputs, it says nothing of the file.
-        """
-        return not self.real and self._clips(tolerance)
-
-    def _clips(self, tolerance: Tolerance) -> bool:
-        return self.clipped is not None and not self.clipped <= tolerance.max_rel
+        """Whether this case is not judged, see :func:`~flowexport.core.tolerances.outside`."""
+        return outside(self.case, self.clipped, tolerance)
 
     def _range(self) -> str:
         share = "a share" if self.clipped is None else f"{100 * self.clipped:.0f} %"
@@ -160,7 +91,7 @@ class CaseResult:
             return f"{where} {self.problem}"
         if self.outside(tolerance):
             return None
-        if self._clips(tolerance):
+        if clips(self.clipped, tolerance):
             return (
                 f"{self.case}: {self._range()}; expected at most {100 * tolerance.max_rel:g} % of"
                 " real samples"

@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 
 from flowexport.core.findings import (
-    REAL_SET,
     AccuracyResult,
     BucketResult,
     CaseResult,
     StepTimes,
     StreamResult,
-    Tolerance,
     finite,
 )
+from flowexport.core.tolerances import REAL_SET, Tolerance
 from flowexport.core.types import Verdict
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flowexport.core.errors import InputError
-from flowexport.core.findings import REAL_SAMPLE
+from flowexport.core.tolerances import REAL_SAMPLE
 from flowexport.core.types import Dataset, TensorSpec
 
 RANDOM_CASES = 3
