@@ -145,8 +145,8 @@ def _no_clamp(model: Any) -> None:
 
 
 def _permutation(model: Any) -> None:
-    node = _nodes(model, "Transpose")[-1]
-    _attribute(node, "perm", [0, 1, 3, 2] if len(node.attribute[0].ints) == 4 else [1, 0])
+    node = [n for n in model.functions[-1].node if n.op_type == "Transpose"][-1]
+    _attribute(node, "perm", [0, 1, 3, 2])
 
 
 def _swap_outputs(model: Any) -> None:
