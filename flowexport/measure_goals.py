@@ -76,7 +76,8 @@ def measure_row(row: Row, *, rounds: int | None = None) -> dict[str, Any]:
     Returns:
         The row's fields, and ``ratio``, ``limit`` (of the projections alone) and
         ``products_limit`` (with features and products; the former of layers only),
-        ``passes_limit`` (LiteRT's layers: with the flows' passes over the tokens as well),
+        ``passes_limit`` (with the flows' passes over the tokens as well: LiteRT's large layers,
+        ONNX Runtime's causal cores),
         ``own_forward_over_step`` (a step's row), ``ms``, ``max_rel``, ``form``, ``partitions``
         (LiteRT), ``operators`` of each file by name, ``memory`` (loading and running, and
         ``run_``: running alone), ``load`` and ``reached``. Where the published form needs

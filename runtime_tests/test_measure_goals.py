@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from flowexport import measure_goals
-from flowexport.baseline.programs import absorbed_passes, causal_products
+from flowexport.baseline.programs import absorbed_passes, causal_passes, causal_products
 from flowexport.core.errors import VerificationError
 from flowexport.core.types import TensorSpec
 from flowexport.goal_sides import absorbed_bound, products_bound
@@ -57,8 +57,11 @@ def test_a_row_compares_then_measures(kind: str) -> None:
         assert set(found["operators"]) == {"baseline", "ours", "limit", "products"}
         assert found["operators"]["products"]["Sigmoid"] == 2, "features, and no flow"
     if kind == "causal":
-        assert found["products_limit"]["median"] > 0
-        assert set(found["operators"]) == {"baseline", "ours", "products"}
+        assert min(found[f"{bound}_limit"]["median"] for bound in ("products", "passes")) > 0
+        assert set(found["operators"]) == {"baseline", "ours", "products", "passes"}
+        for bound in ("products", "passes"):
+            counts = found["operators"][bound]
+            assert counts["Sigmoid"] == 2 and not {"Div", "Exp", "Clip"} & set(counts)
         assert found["memory"]["run_ratio"] > 0
         assert found["memory"]["ours_run_extra_bytes"] <= found["memory"]["ours_extra_bytes"]
         assert found["memory"]["ours_extra_bytes"] > 0 and found["form"].startswith("causal_")
@@ -67,15 +70,28 @@ def test_a_row_compares_then_measures(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("length", "segment"), [(70, 4), (200, 1), (300, 2)])
-def test_the_causal_bound_is_linear_attention(
+def test_the_causal_bounds_compute_what_they_say(
     length: int, segment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(causal, "SEGMENT", segment)
     q, k, v = (torch.randn(2, length, 3, d, dtype=torch.float64) for d in (4, 4, 5))
     scores = torch.einsum("blhd,bshd->bhls", q.sigmoid(), k.sigmoid()).tril()
     truth = torch.einsum("bhls,bshm->blhm", scores, v)
-    found = causal_products(q, k, v, *op_arguments(VARIANTS["causal"]))
+    arguments = op_arguments(VARIANTS["causal"])
+    found = causal_products(q, k, v, *arguments)
     torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    x, y = (scores.sum(dim=3, keepdim=True), scores_out(q, k).sum(dim=3, keepdim=True))
+    sink, source = scores @ y, scores_out(q, k) @ x
+    flows = scores @ (v.transpose(1, 2) * source) * sink
+    found = causal_passes(q, k, v, *arguments)
+    # The values' signs cancel: of the largest output, not of each.
+    largest = float(flows.abs().max())
+    torch.testing.assert_close(found / largest, flows.transpose(1, 2) / largest, rtol=0, atol=1e-12)
+
+
+def scores_out(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """φ(k_t) · φ(q_s) for s ≤ t, (B, H, L, L)."""
+    return torch.einsum("blhd,bshd->bhls", k.sigmoid(), q.sigmoid()).tril()
 
 
 @pytest.mark.parametrize("name", ["torch.onnx.anything", "torch.utils._pytree", "torchao"])
