@@ -23,6 +23,7 @@ from torch import nn
 from flowexport.core.errors import ConversionError, FlowExportError, InputError, LoweringError
 from flowexport.core.types import Artifact, Options, Precision, TensorSpec
 from flowexport.lowering import decompose, lower, specialise
+from flowexport.measure_forms import layer as causal_layer
 from flowexport.ops.installed import installed_ops
 from flowexport.targets.tflite import TARGET, flatbuffer
 from flowexport.targets.tflite.convert import to_flatbuffer
@@ -74,6 +75,22 @@ def test_every_kind_of_variant_converts(variant: str, tmp_path: Path) -> None:
     )
     if variant != "causal":
         assert split["partitions"] == 1
+
+
+@pytest.mark.parametrize("tokens", [40, 64, 128])
+def test_causal_chunks_convert_one_or_more(tokens: int, tmp_path: Path) -> None:
+    module = causal_layer(tokens, 2, 4, "causal").eval()
+    program = lower(
+        module, [TensorSpec("x", (1, tokens, 8))], ["y"], name="layer", ops=installed_ops()
+    )
+    artifact = TARGET.convert(program, Options(extra={"form": "causal_chunked"}), tmp_path)
+    feeds = {"x": np.random.default_rng(0).standard_normal((1, tokens, 8), np.float32)}
+    with TARGET.load(artifact) as session:
+        result = session.run(feeds)
+        assert session.info.details["partitions"] == 1
+    with torch.no_grad():
+        wanted = module.double()(torch.from_numpy(feeds["x"]).double()).numpy()
+    assert np.abs(result["y"] - wanted).max() <= FP32_TOLERANCE * np.abs(wanted).max()
 
 
 def test_no_operator_copies_what_it_could_read(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def _segment(
     Returns:
         (BG, H, 64, M) and the carry behind these tokens, empty for None.
     """
-    batch, length, heads, width = q.shape
+    batch, length, heads = q.shape[:3]
     eps, outer, count = variant.eps, variant.outer_eps, length // CHUNK
     q, k, v = (x.reshape(batch * count, CHUNK, heads, x.shape[3]) for x in (q, k, v))
     # The features first: a transpose of what has just been written is cheaper.
@@ -244,7 +244,7 @@ def _segment(
     upper_eps = upper * eps
     product = q @ kt  # (BG, H, c, c)
     past, future = product * lower, product * upper
-    q_sum, k_sum = q.sum(dim=3).unsqueeze(2), kt.sum(dim=2, keepdim=True)  # (BG, H, 1, c)
+    q_sum, k_sum = q.sum(dim=3), kt.sum(dim=2)  # (BG, H, c)
     behind: list[Tensor] = []
 
     def before(x: Tensor, start: Tensor | float) -> Tensor:
@@ -256,20 +256,20 @@ def _segment(
         sums = exclusive_prefix(x.flatten(1).unflatten(0, (batch, count)))
         return (sums + start if start else sums).reshape(x.shape)
 
+    # Of rank 3: LiteRT's converter fails on (1, H, 1, c) by (c, c).
     def rest(sums: Tensor, earlier: Tensor) -> Tensor:
-        """Return ε Σ_{s≤t} Σ_d b_s + ε₂, (BG, H, 1, c); sums: Σ_d b, earlier: (BG, H, 1, D)."""
-        row = sums @ upper_eps + earlier.sum(dim=3, keepdim=True) * eps
+        """Return ε Σ_{s≤t} Σ_d b_s + ε₂, (BG, H, c); sums: Σ_d b, earlier: (BG, H, D)."""
+        row = sums @ upper_eps + earlier.sum(dim=2, keepdim=True) * eps
         return row + outer if outer else row
 
     # Σ_{s≤t} (a_t + ε) · b_s + ε Σ (a_t + ε) + ε₂: sinks are columns, sources rows.
     def sink_flow(inside: Tensor, sums: Tensor, moment: Tensor, start: Tensor | float) -> Tensor:
         earlier = before(moment, start)  # (BG, H, D, 1); ε is in the start
-        row = rest(sums, earlier.reshape(batch * count, heads, 1, width))
-        return inside + (q @ earlier + row.reshape(inside.shape))
+        return inside + (q @ earlier + rest(sums, earlier.squeeze(3)).unsqueeze(3))
 
     def source_flow(inside: Tensor, sums: Tensor, moment: Tensor, start: Tensor | float) -> Tensor:
         earlier = before(moment, start)  # (BG, H, 1, D)
-        return inside + (earlier @ kt + rest(sums, earlier))
+        return inside + (earlier @ kt + rest(sums, earlier.squeeze(2)).unsqueeze(2))
 
     def total(x: Tensor, dim: int) -> Tensor:
         return x.sum(dim=dim, keepdim=True)
@@ -278,12 +278,12 @@ def _segment(
     x = n_column / sink_flow(total(past, 3), k_sum, total(kt, 3), starts[0])
     y = n / source_flow(total(future, 2), q_sum, total(q, 2), starts[1])
     row, column = x.reshape(y.shape), y.reshape(x.shape)
-    sink = sink_flow(past @ column, k_sum * y, kt @ column, starts[2]) / n_column
-    source = source_flow(row @ future, q_sum * row, row @ q, starts[3]) / n
-    weight, start, highest = _weights(source, (batch, count), real, carry, variant)
-    competition = weight * n / (weight @ upper + before(total(weight, 3), start))
+    sink = sink_flow(past @ column, k_sum * y.squeeze(2), kt @ column, starts[2]) / n_column
+    source = source_flow(row @ future, q_sum * x.squeeze(3), row @ q, starts[3]) / n
+    weight, start, highest = _weights(source.squeeze(2), (batch, count), real, carry, variant)
+    competition = weight * n.squeeze(2) / (weight @ upper + before(total(weight, 2), start))
     behind += highest
-    valued = v * competition.reshape(x.shape)
+    valued = v * competition.unsqueeze(3)
     context = before(kt @ valued, 0.0 if carry is None else carry[-1])
     result = (past @ valued + q @ context) * (x / n_column * sink.sigmoid())
     return result, tuple(behind)
@@ -296,14 +296,14 @@ def _weights(
     carry: tuple[Tensor, ...] | None,
     variant: FlowVariant,
 ) -> tuple[Tensor, Tensor | float, list[Tensor]]:
-    """Return the weights (BG, H, 1, c), those before them (B, H), the largest exponent so far.
+    """Return the weights (BG, H, c), those before them (B, H), the largest exponent so far.
 
     Without a clamp that keeps exp small the shift is the largest so far: an earlier total
     follows it by a factor; what the context holds is divided by its own total already.
     """
     if not variant.needs_maximum:
         return weights(source, variant), 0.0 if carry is None else carry[4], []
-    chunks = source.squeeze(2).unflatten(0, groups)  # (B, G, H, c)
+    chunks = source.unflatten(0, groups)  # (B, G, H, c)
     if real is not None:
         # Padding must not raise the maximum: it would push all real weights to 0.
         real = real.reshape(-1, 1, CHUNK)
