@@ -71,6 +71,20 @@ def test_every_session_gets_the_time_not_only_the_slow_one(tmp_path: Path) -> No
     assert reports["fast"].iterations == reports["slow"].iterations == 200
 
 
+def test_a_run_while_the_clock_stood_still_is_made_again(tmp_path: Path) -> None:
+    clock = Clock()
+    costs = iter([1, 1, 0, 3, 2])  # one to warm up; then 1, 0 again as 3, 2
+
+    def spend(result: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        clock.now += next(costs) * 1_000_000
+        return result
+
+    target = FakeTarget("a", damage=spend)
+    session = target.load(target.convert(None, Options(), tmp_path))
+    reports = measure({"a": session}, FEEDS, warmup=1, min_runs=3, min_seconds=0, clock=clock)
+    assert reports["a"].samples_ms == (1.0, 3.0, 2.0) and next(costs, None) is None
+
+
 def test_statistics_are_those_of_the_raw_samples() -> None:
     report = LatencyReport("a", samples_ms=tuple(float(i) for i in range(1, 102)), warmup=1)
     found = report.summary()

@@ -76,9 +76,7 @@ def measure(
             for name in names[first:] + names[:first]:
                 session = active[name]
                 try:
-                    start = clock()
-                    session.run(feeds)
-                    samples[name].append(clock() - start)
+                    samples[name].append(_timed(session, feeds, clock))
                 except Exception as error:
                     reports[name] = _broken(reports[name], error)
                     del active[name], samples[name]
@@ -104,6 +102,20 @@ def measure(
             together_with=tuple(n for n in samples if n != name),
         )
     return reports
+
+
+def _timed(session: Session, feeds: Mapping[str, np.ndarray], clock: Callable[[], int]) -> int:
+    """Return the nanoseconds of a run; of another where the clock stood still.
+
+    A thread's CPU clock did that on a virtual machine, once in some ten thousand runs.
+    """
+    elapsed = 0
+    for _ in range(3):
+        start = clock()
+        session.run(feeds)
+        if (elapsed := clock() - start) > 0:
+            break
+    return elapsed
 
 
 def bench_feeds(inputs: Sequence[TensorSpec], case: Mapping[str, np.ndarray]) -> dict[str, Any]:
