@@ -8,6 +8,7 @@ as copies of the whole tensor.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -101,22 +102,13 @@ class _Graph:
             return
         if len(given) < 3:
             return
-        chain = [result]
-        while True:
-            readers = self.readers[chain[-1]]
-            if chain[-1] in self.kept or not readers:
-                return
-            if all(self.name(r) == "RESHAPE" for r in readers):
-                break
-            if len(readers) > 1 or self.name(readers[0]) not in _ELEMENTWISE:
-                return
-            chain.append(int(readers[0].outputs[0]))
+        chain, reshapes = self.up_to_reshapes(
+            result, lambda reader, _: self.name(reader) in _ELEMENTWISE
+        )
+        if not reshapes:
+            return
         options.keepNumDims = True
-        for tensor in chain:
-            self.set_shape(tensor, wanted)
-        for reader in readers:
-            if self.shape(int(reader.outputs[0])) == wanted:
-                self.replace(int(reader.outputs[0]), chain[-1])
+        self.give_shape(chain, reshapes, wanted)
 
     def keep_reduced(self, op: Any) -> None:
         """Keep reduced axes where only scalars stand between and the reshapes that restore them."""
@@ -125,24 +117,38 @@ class _Graph:
         wanted = tuple(1 if i in reduced else d for i, d in enumerate(given))
         if op.builtinOptions.keepDims or not reduced:
             return
-        chain = [int(op.outputs[0])]
-        while True:
-            readers = self.readers[chain[-1]]
-            if chain[-1] in self.kept or not readers:
-                return
-            if all(self.name(r) == "RESHAPE" for r in readers):
-                break
-            if len(readers) > 1 or not self.with_scalar(readers[0], chain[-1]):
-                return
-            chain.append(int(readers[0].outputs[0]))
-        restoring = [r for r in readers if self.shape(int(r.outputs[0])) == wanted]
+        chain, reshapes = self.up_to_reshapes(int(op.outputs[0]), self.with_scalar)
+        restoring = [r for r in reshapes if self.shape(int(r.outputs[0])) == wanted]
         if not restoring or any(int(r.outputs[0]) in self.kept for r in restoring):
             return
         op.builtinOptions.keepDims = True
+        self.give_shape(chain, restoring, wanted)
+
+    def up_to_reshapes(
+        self, tensor: int, between: Callable[[Any, int], bool]
+    ) -> tuple[list[int], list[Any]]:
+        """Return a tensor and what operators that ``between`` takes make of it, one after another.
+
+        Also the RESHAPEs that alone read the last of them: none where another operator does.
+        """
+        chain = [tensor]
+        while True:
+            readers = self.readers[chain[-1]]
+            if chain[-1] in self.kept or not readers:
+                return chain, []
+            if all(self.name(r) == "RESHAPE" for r in readers):
+                return chain, readers
+            if len(readers) > 1 or not between(readers[0], chain[-1]):
+                return chain, []
+            chain.append(int(readers[0].outputs[0]))
+
+    def give_shape(self, chain: list[int], reshapes: list[Any], wanted: tuple[int, ...]) -> None:
+        """Give a chain's tensors a shape; drop the reshapes that made it after."""
         for tensor in chain:
             self.set_shape(tensor, wanted)
-        for reader in restoring:
-            self.replace(int(reader.outputs[0]), chain[-1])
+        for reader in reshapes:
+            if self.shape(int(reader.outputs[0])) == wanted:
+                self.replace(int(reader.outputs[0]), chain[-1])
 
     def with_scalar(self, op: Any, tensor: int) -> bool:
         """Say whether ``op`` is elementwise on ``tensor`` alone, or with a scalar beside it."""
