@@ -209,9 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flowexport.measure_forms", description=__doc__)
     parser.add_argument("--target", default="onnx", help=f"one of {', '.join(TARGETS)}")
     parser.add_argument("--form", action="append", help="measure this form only (repeatable)")
-    parser.add_argument(
-        "--stage", type=int, action="append", help="1 to 7, causal 1 to 5 (repeatable)"
-    )
+    numbers = f"1 to {len(STAGES)}, causal 1 to {len(CAUSAL)} (repeatable)"
+    parser.add_argument("--stage", type=int, action="append", help=numbers)
     parser.add_argument("--causal", action="store_true", help="the causal forms instead")
     parser.add_argument("--seconds", type=float, default=1.0, help="CPU time a form")
     parser.add_argument("--json", action="store_true", help="print JSON")
